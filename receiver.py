@@ -1,0 +1,1754 @@
+"""Receives Segment's webhooks, proves that they come from Segment, stores every event.
+
+Read it from top to bottom: it goes down the page as an event passes through it.
+
+1. Settings      flags, environment, credential files
+2. Authenticity  is this body Segment's?
+3. Events        bytes -> JSON -> documents ready for MongoDB
+4. Storage       group commit into MongoDB, with a spool on disk behind it
+5. HTTP          route, secret, length, signature, body, then 2, 3, 4 and one answer
+6. Process       an embedded MongoDB, systemd, signals, main
+
+Run ``python receiver.py`` and follow what it prints; README.md explains the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import hmac
+import importlib.util
+import ipaddress
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from email.utils import formatdate
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple, NoReturn
+from urllib.parse import quote, unquote_to_bytes
+
+import bson
+import bson.json_util
+import pymongo
+from bson.errors import InvalidDocument
+from bson.objectid import ObjectId
+from bson.raw_bson import RawBSONDocument
+from pymongo.errors import BulkWriteError, InvalidName, OperationFailure, PyMongoError
+from pymongo.write_concern import WriteConcern
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+log = logging.getLogger("receiver")
+
+# --- 1. Settings ----------------------------------------------------------------------
+
+LOCAL_MONGODB = "127.0.0.1:27017"
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+class SettingsError(Exception):
+    """A setting that cannot be used; its text is the one line that the user sees."""
+
+
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """Returns a converter that raises ValueError for all but a number in that range."""
+
+    def convert(text: str) -> int:
+        if not (re.fullmatch("[0-9]{1,18}", text) and least <= int(text) <= most):
+            raise ValueError(f"{text!r} is not a whole number from {least} to {most}")
+        return int(text)
+
+    return convert
+
+
+def yes_or_no(text: str) -> bool:
+    if text.lower() not in {"1", "true", "yes", "on", "0", "false", "no", "off"}:
+        raise ValueError(f"{text!r} is neither yes nor no")
+    return text.lower() in {"1", "true", "yes", "on"}
+
+
+def setting(
+    help: str, *environment: str, default: Any, convert: Callable[[str], Any] = str
+) -> Any:
+    """Declares a field that a flag of the same name or the environment sets."""
+    metadata = {"help": help, "environment": environment, "convert": convert}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+SECRETS_HELP = """\
+Secrets come from the environment, or from a file in $CREDENTIALS_DIRECTORY (systemd),
+never from the command line, which every user of the machine can read:
+  SEGMENT_SHARED_SECRET, segment_shared_secret
+      keys Segment's signature (default: none, made up for a demo)
+  SEGMENT_PUBLIC_SECRET, segment_public_secret
+      ?secret=... of the webhook's URL (default: none, the query is not checked)
+  MONGODB_URI, mongodb_uri
+      as --mongodb-uri, which takes no password
+Several Segment secrets, separated by white space, are all accepted, for rotation.
+MONGOD names the mongod to start; else PATH and requirements.txt's packages have one."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(message)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that can be set. Sizes are in bytes."""
+
+    shared_secrets: tuple[bytes, ...] = dataclasses.field(repr=False)
+    public_secrets: tuple[bytes, ...] = dataclasses.field(repr=False)
+    events_secrets: tuple[bytes, ...] = dataclasses.field(repr=False)  # for GET /events
+    made_up: bool = False  # the shared secret: this is somebody's first run
+    demo: bool = False
+    check: bool = False
+    trust_batches: bool = setting(
+        "accept a batch of which Segment signed only the first event",
+        *("SEGMENT_TRUST_BATCHES",),
+        default=False,
+        convert=yes_or_no,
+    )
+    mongodb_uri: str = setting(
+        f"connection string; empty: a MongoDB on {LOCAL_MONGODB}, else one started there",
+        *("MONGODB_URI",),
+        default="",
+    )
+    database: str = setting("database", "MONGODB_DATABASE", default="segment")
+    collection: str = setting("collection", "MONGODB_COLLECTION", default="events")
+    host: str = setting("address to listen on", "RECEIVER_HOST", default="127.0.0.1")
+    port: int = setting(
+        "port to listen on",
+        *("RECEIVER_PORT", "PORT"),
+        default=8080,
+        convert=whole_number(0, 65535),
+    )
+    data_dir: str = setting(
+        "folder of spool/, rejected/ and mongodb/",
+        *("RECEIVER_DATA_DIR", "STATE_DIRECTORY"),
+        default="data",
+    )
+    max_body_bytes: int = setting(
+        "largest request body",
+        *("RECEIVER_MAX_BODY_BYTES",),
+        default=4 * MIB,
+        convert=whole_number(1, GIB),
+    )
+    max_connections: int = setting(
+        "most connections at once, a thread each",
+        *("RECEIVER_MAX_CONNECTIONS",),
+        default=512,
+        convert=whole_number(1, 100_000),
+    )
+    max_spool_bytes: int = setting(
+        "largest size of spool/, and of rejected/",
+        *("RECEIVER_MAX_SPOOL_BYTES",),
+        default=GIB,
+        convert=whole_number(0, 1 << 60),
+    )
+
+    @classmethod
+    def load(cls, arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
+        """Reads flags, environment and credential files; a flag beats the environment.
+
+        Raises SettingsError; exits for --help.
+        """
+        parser = OneLineParser(
+            prog="receiver.py",
+            description="Stores every event that Segment's webhooks bring in MongoDB.",
+            epilog=SECRETS_HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        for name, about in (
+            ("--demo", "serve the demo page; on by itself without a shared secret"),
+            ("--check", "test the settings, MongoDB and the spool, then exit"),
+        ):
+            parser.add_argument(name, action="store_true", help=about)
+        options = [option for option in dataclasses.fields(cls) if option.metadata]
+        for option in options:
+            where = ", else ".join(option.metadata["environment"])
+            parser.add_argument(
+                "--" + option.name.replace("_", "-"),
+                nargs="?" if option.type == "bool" else None,
+                const="yes" if option.type == "bool" else None,
+                help=f"{option.metadata['help']} [{where}; default {option.default}]",
+            )
+        flags = vars(parser.parse_args(arguments))
+        if re.search("//[^/@]*:[^/@]*@", flags["mongodb_uri"] or ""):
+            raise SettingsError(
+                "--mongodb-uri: the process list would show its password: "
+                "set MONGODB_URI instead"
+            )
+
+        values: dict[str, Any] = {"demo": flags["demo"], "check": flags["check"]}
+        for option in options:
+            given = {"--" + option.name.replace("_", "-"): flags[option.name]}
+            given |= {
+                name: environment.get(name) for name in option.metadata["environment"]
+            }
+            source, text = next(((s, t) for s, t in given.items() if t), ("", ""))
+            try:
+                if source:
+                    values[option.name] = option.metadata["convert"](text)
+            except ValueError as error:
+                raise SettingsError(f"{source}: {error}") from None
+        values.setdefault("mongodb_uri", secret("MONGODB_URI", environment))
+
+        shared = secret("SEGMENT_SHARED_SECRET", environment).split()
+        public = secret("SEGMENT_PUBLIC_SECRET", environment).split()
+        values["made_up"] = not (shared or flags["check"])
+        values["demo"] |= values["made_up"]
+        host = values.get("host", cls.host)
+        if values["demo"] and not is_loopback(host):
+            why = "--demo" if shared else "no SEGMENT_SHARED_SECRET is set"
+            raise SettingsError(f"{why}: --host must be loopback, not {host!r}")
+        if values["made_up"]:
+            shared = [secrets.token_urlsafe(24)]
+            public = public or [secrets.token_urlsafe(24)]
+        return cls(
+            shared_secrets=tuple(map(os.fsencode, shared)),
+            public_secrets=tuple(map(os.fsencode, public)),
+            events_secrets=tuple(
+                map(os.fsencode, public or [secrets.token_urlsafe(24)])
+            ),
+            **values,
+        )
+
+
+def secret(variable: str, environment: Mapping[str, str]) -> str:
+    """Returns a secret from the environment or a systemd credential, else "".
+
+    Raises SettingsError for a credential that is there and cannot be read.
+    """
+    folder = environment.get("CREDENTIALS_DIRECTORY")
+    if environment.get(variable) or not folder:
+        return environment.get(variable, "").strip()
+    try:
+        return os.fsdecode(Path(folder, variable.lower()).read_bytes()).strip()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise SettingsError(
+            f"credential {variable.lower()}: {error.strerror}"
+        ) from None
+
+
+def is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    return False
+
+
+# --- 2. Authenticity ------------------------------------------------------------------
+
+
+class Refused(Exception):
+    """A request or an event that is not accepted: HTTP status, reason for the sender."""
+
+    def __init__(self, status: int, reason: str, **headers: str) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+        self.headers = {name.replace("_", "-"): text for name, text in headers.items()}
+
+
+def unavailable(reason: str) -> Refused:
+    """503 asks Segment to try again, which it does for four hours."""
+    return Refused(503, reason, Retry_After="5")
+
+
+def sign(body: bytes, secret: bytes) -> bytes:
+    """Returns Segment's ``X-Signature``: the hex HMAC-SHA1 of the body's exact bytes."""
+    return hmac.digest(secret, body, "sha1").hex().encode()
+
+
+def verify(body: bytes, signature: bytes, shared_secrets: Iterable[bytes]) -> bool:
+    """Tells whether one of the secrets signed these bytes, in constant time for each."""
+    return any(
+        hmac.compare_digest(sign(body, key), signature) for key in shared_secrets
+    )
+
+
+# A brace, or a JSON string, whole or cut off by the end, so that a search stays linear.
+STRING_OR_BRACE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[{}]', re.DOTALL)
+MAX_FIRST_EVENT_BYTES = 256 * KIB  # Segment's own limit for an event is 32 KB
+
+
+def first_event(batch: bytes) -> bytes:
+    """Returns the bytes of a JSON array's first object, found without parsing it."""
+    depth = 0
+    for match in STRING_OR_BRACE.finditer(batch, 1, MAX_FIRST_EVENT_BYTES):
+        depth += {b"{": 1, b"}": -1}.get(match[0], 0)
+        if depth == 0 and match[0] == b"}":
+            return batch[1 : match.end()]
+    return b""
+
+
+def authenticate(body: bytes, signature: bytes, settings: Settings) -> None:
+    """Raises Refused (401) unless Segment signed the body.
+
+    Of a batch Segment signs ``JSON.stringify(events[0])`` only, whose bytes follow the
+    ``[``: that proves a batch of one, and a longer one if the operator trusts its rest.
+    """
+    if verify(body, signature, settings.shared_secrets):
+        return
+    if body.startswith(b"["):
+        if verify(body[1:-1], signature, settings.shared_secrets) and body[-1:] == b"]":
+            return
+        if verify(first_event(body), signature, settings.shared_secrets):
+            if settings.trust_batches:
+                return
+            raise Refused(
+                401,
+                "Segment signs only the first event of a batch, the rest is unproven: "
+                "turn batching off, or set SEGMENT_TRUST_BATCHES=1",
+            )
+    raise Refused(401, "X-Signature does not match the body")
+
+
+# --- 3. Events ------------------------------------------------------------------------
+
+# https://www.mongodb.com/docs/manual/reference/limits/
+MAX_DEPTH = 100
+MAX_BSON_BYTES = 16 * MIB
+TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
+
+
+def integer(digits: str) -> int | float:
+    """BSON's integers have 64 bits; a larger one was a double in Segment's JavaScript."""
+    if len(digits) < 19 or (len(digits) < 21 and -(1 << 63) <= int(digits) < 1 << 63):
+        return int(digits)
+    return float(digits)
+
+
+def not_json(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+# json.loads would guess UTF-16 and take NaN; int() refuses more than 4300 digits.
+DECODER = json.JSONDecoder(parse_int=integer, parse_constant=not_json)
+
+
+class Document(NamedTuple):
+    """An event ready for MongoDB; the label is for the terminal."""
+
+    id: Any
+    bson: bytes
+    label: str
+
+
+class Events(NamedTuple):
+    """What a body held; ``faults`` are the reasons why events of a batch cannot be stored."""
+
+    is_batch: bool
+    documents: list[Document]
+    faults: list[str]
+
+
+def parse_events(body: bytes) -> Events:
+    """Turns an authentic body into documents.
+
+    Raises Refused: 400 unless it is a JSON object or an array of objects in UTF-8, 422
+    for one object that MongoDB cannot hold.
+    """
+    try:
+        value = DECODER.decode(str(body, "utf-8"))
+    except RecursionError:
+        raise Refused(422, TOO_DEEP) from None
+    except ValueError as error:
+        raise Refused(400, f"not UTF-8 JSON: {error}") from None
+    is_batch = isinstance(value, list)
+    parsed = Events(is_batch, [], [])
+    events = value if is_batch else [value]
+    if not all(isinstance(event, dict) for event in events):
+        raise Refused(400, "neither a JSON object nor an array of objects")
+    # Nesting that deep takes more opening brackets than most bodies have.
+    may_be_deep = body.count(b"{") + body.count(b"[") > MAX_DEPTH
+    for index, event in enumerate(events):
+        try:
+            if may_be_deep and depth(event) > MAX_DEPTH:
+                raise Refused(422, TOO_DEEP)
+            parsed.documents.append(to_document(event))
+        except Refused as refused:
+            if not is_batch:
+                raise
+            parsed.faults.append(f"event {index}: {refused.reason}")
+    return parsed
+
+
+def depth(value: Any) -> int:
+    """Returns how many objects and arrays are nested in one another."""
+    levels, level = 0, [value]
+    while level:
+        levels += 1
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if type(parent) is dict else parent)
+            if type(child) is dict or type(child) is list
+        ]
+    return levels
+
+
+def to_document(event: dict[str, Any]) -> Document:
+    """Encodes an event. Raises Refused (422) for what BSON cannot hold.
+
+    ``messageId`` is unique and stays the same over Segment's retries and replays: as
+    ``_id`` it makes storing an event a second time impossible.
+    """
+    if "_id" not in event:
+        name = event.get("messageId")
+        event["_id"] = name if name and isinstance(name, str) else ObjectId()
+    try:
+        try:
+            encoded = bson.encode(event)
+        except UnicodeEncodeError:  # a string that JavaScript cut in a surrogate pair
+            event = without_lone_surrogates(event)
+            encoded = bson.encode(event)
+    except InvalidDocument as error:
+        raise Refused(422, str(error)) from None
+    if len(encoded) > MAX_BSON_BYTES:
+        raise Refused(
+            422, f"BSON of {len(encoded)} bytes, MongoDB takes {MAX_BSON_BYTES}"
+        )
+    words = (event.get("type"), event.get("event", event.get("name")))
+    label = " ".join(word[:100] for word in words if isinstance(word, str))
+    return Document(event["_id"], encoded, label)
+
+
+def without_lone_surrogates(value: Any) -> Any:
+    """Returns a copy with U+FFFD for each. Raises Refused if two keys become one by it."""
+    if isinstance(value, str):
+        return re.sub("[\ud800-\udfff]", "\ufffd", value)
+    if isinstance(value, list):
+        return [without_lone_surrogates(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    pairs = [
+        (without_lone_surrogates(k), without_lone_surrogates(v))
+        for k, v in value.items()
+    ]
+    if len(dict(pairs)) != len(pairs):
+        raise Refused(422, "two keys differ only in a lone surrogate")
+    return dict(pairs)
+
+
+# --- 4. Storage -----------------------------------------------------------------------
+
+Client = pymongo.MongoClient[dict[str, Any]]
+
+ANSWER_SECONDS = 4.5  # Segment waits five
+INSERT_SECONDS = (
+    1.8  # an event waits for the insert before its own at most, and its own
+)
+DRAIN_SECONDS = 15.0
+PROBE_SECONDS = 0.5  # while MongoDB is down
+WATCH_SECONDS = 2.0  # while it is up
+WEDGED_SECONDS = 20.0
+COMMITTERS = 2
+MAX_BATCH_EVENTS = 1000
+MAX_BATCH_BYTES = 16 * MIB
+MAX_WAITING_EVENTS = 20_000
+
+# https://github.com/mongodb/mongo/blob/master/src/mongo/base/error_codes.yml
+DUPLICATE_KEY = 11000
+# A failed command is an outage, unless its code says that a document is at fault ...
+DOCUMENT_FAULTS = {
+    2, 9, 15, 22, 51, 52, 53, 54, 55, 56, 57, 121, 10334, 17280, 17419, 17420,
+}  # fmt: skip
+# ... and a write error is its document's fault, unless its code is about the server.
+OUTAGE_CODES = {
+    6, 7, 11, 13, 18, 24, 43, 46, 50, 63, 64, 89, 91, 100, 112, 117, 133, 134, 150,
+    189, 202, 216, 225, 239, 250, 251, 262, 290, 314, 317, 334, 358, 371, 384, 391,
+    402, 8000, 9001, 10003, 10058, 10107, 11600, 11601, 11602, 12501, 13388, 13435,
+    13436, 14031,
+}  # fmt: skip
+# Authorised, sent to the primary, committed, and refused for its _id: nothing is stored.
+PROBE = bson.encode({"_id": []})
+
+# What became of a document: "stored", "duplicate", "spooled", or refused.
+Result = str | Refused
+
+
+class Outage(Exception):
+    """MongoDB cannot take a batch now, through no fault of a document."""
+
+
+def brief(error: BaseException) -> str:
+    """Returns an error's kind and first words: pymongo appends its view of the cluster."""
+    words = re.split(", (?:Timeout|full error):", str(error))[0]
+    return f"{type(error).__name__}: {words[:200]}"
+
+
+class Folder:
+    """Files that survive a power cut, limited in their total size (``bytes``)."""
+
+    def __init__(self, path: Path, max_bytes: int) -> None:
+        """Makes the folder if need be, and looks into it. Raises OSError."""
+        self.path = path
+        self.max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._sizes: dict[str, int] = {}
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for entry in os.scandir(path):
+            if entry.name.startswith(
+                ".tmp-"
+            ):  # cut off as it was written: never promised
+                with contextlib.suppress(OSError):
+                    os.unlink(entry)
+            elif entry.is_file(follow_symlinks=False) and entry.name != ".lock":
+                self._sizes[entry.name] = entry.stat().st_size
+        self.bytes = sum(self._sizes.values())
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def names(self) -> list[str]:
+        """Returns the files' names, sorted: oldest first where they begin with a time."""
+        with self._lock:
+            return sorted(self._sizes)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a file whole and durably, or not at all. Raises OSError."""
+        with self._lock:
+            if self.bytes + len(data) > self.max_bytes:
+                raise OSError(errno.EDQUOT, f"limit of {self.max_bytes} bytes reached")
+            self.bytes += len(data)
+        temporary = self.path / f".tmp-{threading.get_ident()}-{name}"
+        try:
+            with open(temporary, "xb", opener=private) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path / name)
+            sync_folder(self.path)
+        except OSError:
+            with self._lock:
+                self.bytes -= len(data)
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        with self._lock:
+            self.bytes -= self._sizes.get(name, 0)
+            self._sizes[name] = len(data)
+
+    def remove(self, name: str) -> None:
+        """Removes a file. Raises OSError."""
+        (self.path / name).unlink(missing_ok=True)
+        with self._lock:
+            self.bytes -= self._sizes.pop(name, 0)
+
+    def probe(self) -> None:
+        """Finds out whether an ordinary event could be written. Raises OSError."""
+        self.write(".tmp-probe", bytes(4096))
+        self.remove(".tmp-probe")
+
+
+def private(path: str, flags: int) -> int:
+    """Opens a file for its owner only: events hold personal data."""
+    return os.open(path, flags, 0o600)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes a rename durable; Windows cannot open a folder, and does so by itself."""
+    if sys.platform != "win32":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def lock_folder(path: Path) -> int:
+    """Locks a folder until the process ends, however it ends. Raises OSError if taken."""
+    if sys.platform == "win32":
+        descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT)
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            raise BlockingIOError from None
+    else:
+        descriptor = os.open(path, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def split_bson(data: bytes) -> tuple[list[bytes], bool]:
+    """Splits concatenated BSON documents; tells whether they are all there is."""
+    documents, position = [], 0
+    while position < len(data):
+        size = int.from_bytes(data[position : position + 4], "little")
+        document = data[position : position + size]
+        if size < 5 or len(document) < size or document[-1] != 0:
+            break
+        documents.append(document)
+        position += size
+    return documents, 0 < position == len(data)
+
+
+class Submission:
+    """One request's documents on their way; ``done`` is released with the results."""
+
+    __slots__ = ("documents", "done", "results")
+
+    def __init__(self, documents: list[bytes]) -> None:
+        self.documents = documents
+        self.results: list[Result] = []
+        self.done = threading.Lock()
+        self.done.acquire()
+
+
+class Storage:
+    """Stores documents in MongoDB, or on disk while MongoDB cannot take them.
+
+    Handler threads call ``store`` and wait. A committer takes all that waits and inserts
+    it at once: one journal flush serves every event that came during the last one. While
+    ``up`` is false, batches go to the spool; a tender delivers it when MongoDB is back.
+    ``counters`` are events since the start.
+    """
+
+    def __init__(self, client: Client, settings: Settings) -> None:
+        """Locks and reads the data folder. Raises SettingsError."""
+        self.collection = open_collection(client, settings)
+        try:
+            self.spool = Folder(
+                Path(settings.data_dir, "spool"), settings.max_spool_bytes
+            )
+            self.rejected = Folder(
+                Path(settings.data_dir, "rejected"), settings.max_spool_bytes
+            )
+            self._spool_lock = lock_folder(self.spool.path)
+        except BlockingIOError:
+            raise SettingsError(
+                f"{self.spool.path}: another receiver uses it"
+            ) from None
+        except OSError as error:
+            raise SettingsError(f"{settings.data_dir}: {error.strerror}") from None
+        self.up = True
+        self.counters = Counter(stored=0, duplicates=0, rejected=0, spooled=0)
+        self._client = client
+        self._disk_ok = True
+        self._lock = threading.Lock()
+        self._queue: SimpleQueue[Submission | None] = SimpleQueue()
+        self._waiting = 0  # events in the queue or with a committer
+        self._busy_since = [math.inf] * COMMITTERS
+        self._spool_numbers = itertools.count()
+        self._stopping = threading.Event()
+        self._committers = [
+            threading.Thread(target=self._commit_forever, args=(number,), daemon=True)
+            for number in range(COMMITTERS)
+        ]
+        self._tender = threading.Thread(target=self._tend, daemon=True)
+
+    def start(self) -> None:
+        """Asks MongoDB once, so that ``up`` is true to fact, and starts the threads."""
+        try:
+            self.probe()
+        except (Outage, PyMongoError) as error:
+            self._went_down(error)
+        for thread in (*self._committers, self._tender):
+            thread.start()
+
+    def close(self) -> None:
+        """Stores or spools what waits, then stops."""
+        self._stopping.set()
+        self._queue.put(None)
+        for thread in self._committers:
+            thread.join(ANSWER_SECONDS)
+        self._tender.join(0.5)  # what it has under way is still in the spool
+        self._client.close()
+
+    def store(self, documents: list[bytes]) -> list[Result]:
+        """Returns what became of each document, in their order.
+
+        Raises Refused (503) when too much is in flight or it takes too long.
+        """
+        with self._lock:
+            if self._waiting and self._waiting + len(documents) > MAX_WAITING_EVENTS:
+                raise unavailable("too many events in flight")
+            self._waiting += len(documents)
+        submission = Submission(documents)
+        self._queue.put(submission)
+        if not submission.done.acquire(timeout=ANSWER_SECONDS):
+            raise unavailable("not stored in time")
+        return submission.results
+
+    def reject(self, data: bytes, reason: str, suffix: str, events: int = 1) -> None:
+        """Keeps what can never be stored, and why. Raises Refused (503) if it cannot."""
+        name = hashlib.sha256(data).hexdigest()[:32]  # again the same, the same file
+        try:
+            reason_bytes = f"{reason}\n".encode("utf-8", "replace")
+            self.rejected.write(f"{name}.reason.txt", reason_bytes)
+            self.rejected.write(name + suffix, data)
+        except OSError as error:
+            log.error("cannot write to %s: %s", self.rejected.path, error.strerror)
+            raise unavailable("it cannot be stored, and not be kept either") from None
+        self._count("rejected", events)
+        log.warning(
+            "kept as %s: %s", self.rejected.path / (name + suffix), reason[:300]
+        )
+
+    @property
+    def failing(self) -> bool:
+        """Whether an event that came now could not be kept."""
+        return not self.up and not self._disk_ok
+
+    def alive(self) -> bool:
+        """Whether every committer runs, and none has been at one batch for too long."""
+        busy = time.monotonic() - min(self._busy_since)
+        return busy < WEDGED_SECONDS and all(t.is_alive() for t in self._committers)
+
+    def probe(self) -> None:
+        """Asks MongoDB to insert what it must refuse. Raises Outage or PyMongoError.
+
+        A ping would be answered while a full cluster or a revoked role takes no insert.
+        """
+        self._insert([PROBE], INSERT_SECONDS)
+
+    # Group commit
+
+    def _commit_forever(self, number: int) -> None:
+        while batch := self._take():
+            self._busy_since[number] = time.monotonic()
+            documents = [d for submission in batch for d in submission.documents]
+            try:
+                results = self._commit(documents)
+            except Exception:
+                log.exception("a batch could not be stored")
+                results = [unavailable("internal error")] * len(documents)
+            with self._lock:
+                self._waiting -= len(documents)
+            remaining = iter(results)
+            for submission in batch:
+                submission.results = [next(remaining) for _ in submission.documents]
+                submission.done.release()
+            self._busy_since[number] = math.inf
+
+    def _take(self) -> list[Submission]:
+        """Waits for a submission and returns all that are there; none at the end."""
+        batch: list[Submission] = []
+        events = size = 0
+        submission = self._queue.get()
+        while submission:
+            batch.append(submission)
+            events += len(submission.documents)
+            size += sum(map(len, submission.documents))
+            if events >= MAX_BATCH_EVENTS or size >= MAX_BATCH_BYTES:
+                return batch
+            try:
+                submission = self._queue.get_nowait()
+            except Empty:
+                return batch
+        self._queue.put(None)  # for the next committer
+        return batch
+
+    def _commit(self, documents: list[bytes]) -> list[Result]:
+        """Stores a batch in MongoDB if it is up, else on disk."""
+        if self.up:
+            try:
+                return self._insert(documents, INSERT_SECONDS)
+            except (Outage, PyMongoError) as error:
+                self._went_down(error)
+        number = next(self._spool_numbers)
+        name = f"{time.time_ns():020d}-{number:06d}-{len(documents)}.bson"
+        try:
+            self.spool.write(name, b"".join(documents))
+        except OSError as error:
+            if self._disk_ok:
+                log.error("events are lost to 503: %s: %s", self.spool.path, error)
+            self._disk_ok = False
+            refused = unavailable("neither MongoDB nor the disk can take it")
+            return [refused] * len(documents)
+        self._disk_ok = True
+        self._count("spooled", len(documents))
+        return ["spooled"] * len(documents)
+
+    def _insert(self, documents: Sequence[bytes], seconds: float) -> list[Result]:
+        """Inserts documents, returns what became of each. Raises Outage, PyMongoError."""
+        results: list[Result] = ["stored"] * len(documents)
+        try:
+            with pymongo.timeout(seconds):
+                self.collection.insert_many(
+                    map(RawBSONDocument, documents), ordered=False
+                )
+        except BulkWriteError as error:
+            for fault in error.details["writeConcernErrors"]:
+                raise Outage(fault["errmsg"]) from None
+            for fault in error.details["writeErrors"]:
+                if fault["code"] in OUTAGE_CODES:
+                    raise Outage(fault["errmsg"]) from None
+                if (
+                    fault["code"] == DUPLICATE_KEY
+                    and " index: _id_ " in fault["errmsg"]
+                ):
+                    results[fault["index"]] = "duplicate"
+                else:
+                    reason = f"MongoDB: {fault['errmsg']}"
+                    results[fault["index"]] = Refused(422, reason)
+        except (OperationFailure, InvalidDocument) as error:
+            if (
+                isinstance(error, OperationFailure)
+                and error.code not in DOCUMENT_FAULTS
+            ):
+                raise
+            # For one document's sake the server refused the command, and stored nothing.
+            if len(documents) == 1:
+                return [Refused(422, f"MongoDB: {brief(error)}")]
+            middle = len(documents) // 2
+            first = self._insert(documents[:middle], seconds)
+            return first + self._insert(documents[middle:], seconds)
+        self._count("stored", results.count("stored"))
+        self._count("duplicates", results.count("duplicate"))
+        return results
+
+    def _count(self, counter: str, events: int) -> None:
+        with self._lock:
+            self.counters[counter] += events
+
+    # Outages
+
+    def _went_down(self, error: Exception) -> None:
+        with self._lock:
+            was_up, self.up = self.up, False
+        if was_up:
+            log.warning(
+                "MongoDB cannot take events, they go to %s until it can: %s",
+                *(self.spool.path, brief(error)),
+            )
+
+    def _came_up(self) -> None:
+        with self._lock:
+            was_up, self.up = self.up, True
+        if not was_up:
+            log.info("MongoDB takes events again")
+
+    def _tend(self) -> None:
+        """Delivers the spool, and finds out when MongoDB goes and comes back."""
+        last_trouble = ""
+        while not self._stopping.wait(WATCH_SECONDS if self.up else PROBE_SECONDS):
+            trouble = ""
+            try:
+                self.probe()
+                self._drain()
+                self._came_up()
+            except (Outage, PyMongoError) as error:
+                self._went_down(error)
+            except (OSError, Refused) as error:
+                trouble = f"{self.spool.path} cannot be delivered: {error}"
+            except Exception:
+                log.exception("%s cannot be delivered", self.spool.path)
+            if self.failing:
+                with contextlib.suppress(OSError):
+                    self.spool.probe()
+                    self._disk_ok = True
+            if trouble and trouble != last_trouble:
+                log.error("%s", trouble)
+            last_trouble = trouble
+
+    def _drain(self) -> None:
+        """Delivers every file, oldest first. Raises what ``_insert`` raises, OSError."""
+        started = reported = time.monotonic()
+        delivered = 0
+        while (names := self.spool.names()) and not self._stopping.is_set():
+            now = time.monotonic()
+            if not delivered or now - reported > 10:
+                log.info(
+                    "spool: %d files with %d events left, %.0f events/s",
+                    *(len(names), count_events(names), delivered / (now - started + 1)),
+                )
+                reported = now
+            delivered += self._deliver(names)
+            self._came_up()
+        if delivered:
+            seconds = time.monotonic() - started
+            log.info("spool: %d events delivered in %.1f s", delivered, seconds)
+
+    def _deliver(self, names: Iterable[str]) -> int:
+        """Inserts the first files as one batch, removes them, and returns their events.
+
+        Every document has its ``_id``, so insertion is idempotent: a crash before the
+        removal costs nothing.
+        """
+        taken: list[str] = []
+        documents: list[bytes] = []
+        for name in names:
+            data = (self.spool.path / name).read_bytes()
+            found, whole = split_bson(data)
+            if not whole:
+                reason = (
+                    f"spool/{name} is torn, empty or foreign after {len(found)} events"
+                )
+                self.reject(data, reason, ".bson", events=0)
+            taken.append(name)
+            documents += found
+            size = sum(map(len, documents))
+            if len(documents) >= MAX_BATCH_EVENTS or size >= MAX_BATCH_BYTES:
+                break
+        results = self._insert(documents, DRAIN_SECONDS) if documents else []
+        for document, result in zip(documents, results):
+            if isinstance(result, Refused):
+                self.reject(document, result.reason, ".bson")
+        for name in taken:
+            self.spool.remove(name)
+        return len(documents)
+
+
+def count_events(names: Iterable[str]) -> int:
+    """Adds up what the spool's file names say of their contents."""
+    found = (re.search(r"-(\d+)\.bson$", name) for name in names)
+    return sum(int(match[1]) for match in found if match)
+
+
+def open_collection(client: Client, settings: Settings) -> Any:
+    """Returns the collection; its write concern is majority and journaled by default.
+
+    Raises SettingsError for a name or a write concern that cannot be used.
+    """
+    given = client.write_concern.document
+    if given.get("w") == 0:
+        raise SettingsError("MONGODB_URI: with w=0 MongoDB never says that it stored")
+    concern = WriteConcern(**{"w": "majority", "j": True, **given})
+    try:
+        database = client[settings.database]
+        return database.get_collection(settings.collection, write_concern=concern)
+    except InvalidName as error:
+        raise SettingsError(f"database or collection: {error}") from None
+
+
+# --- 5. HTTP --------------------------------------------------------------------------
+
+# RFC 9110 section 5.6.2, RFC 9112 sections 3 and 5, and stricter: no obs-fold, no bare CR
+# or LF, origin-form only. What two parsers could read in two ways is refused.
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(rb"(%s) (/[\x21-\x7e]*) HTTP/1\.([01])" % TOKEN)
+FIELD_LINE = re.compile(rb"(%s):([\t\x20-\x7e\x80-\xff]*)" % TOKEN)
+HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
+CONTENT_LENGTH = re.compile(rb" ?[0-9]{1,19}")
+BARE_CR_OR_LF = re.compile(rb"\r(?!\n|\Z)|(?<!\r)\n")
+SIGNATURE = re.compile(rb"[0-9a-f]{40}")
+MAX_TARGET_BYTES = 8 * KIB
+MAX_HEAD_BYTES = 32 * KIB
+MAX_FIELDS = 100
+
+HEAD_SECONDS = 10.0
+BODY_SECONDS = 10.0
+BODY_BYTES_PER_SECOND = 100_000
+IDLE_SECONDS = 60.0
+SEND_SECONDS = 10.0
+LINGER_SECONDS = 10.0
+CHECK_SECONDS = 0.25
+COUNT_SECONDS = 60.0
+SMALL_BODY_BYTES = 64 * KIB  # max_connections bounds how many of these are held
+MAX_LARGE_BODY_BYTES = 64 * MIB  # for all larger ones together
+
+# What a connection is doing. Only a BUSY one has an event on its way to MongoDB.
+IDLE, HEAD, BODY, BUSY, SEND, LINGER = range(6)
+
+
+class Head(NamedTuple):
+    """A request's head; field names in lower case, repeated fields joined by ", "."""
+
+    method: bytes = b""
+    path: bytes = b""
+    query: bytes = b""
+    minor_version: bytes = b"1"
+    fields: Mapping[bytes, bytes] = {}
+
+    def field(self, name: bytes) -> bytes:
+        return self.fields.get(name, b"").strip(b" \t")
+
+
+class Answer(NamedTuple):
+    """What is sent back."""
+
+    status: int
+    payload: bytes
+    headers: Mapping[str, str] = {}
+    media_type: str = "application/json"
+
+
+def as_json(status: int, value: Any, headers: Mapping[str, str] = {}) -> Answer:
+    return Answer(status, json.dumps(value).encode() + b"\n", headers)
+
+
+def parse_request_line(line: bytes) -> tuple[bytes, bytes, bytes]:
+    """Returns method, target and minor version. Raises Refused: 400 or 414."""
+    match = REQUEST_LINE.fullmatch(line)
+    if len(match[2] if match else line) > MAX_TARGET_BYTES:
+        raise Refused(414, "request target too long")
+    if not match:
+        raise Refused(400, "malformed HTTP: request line")
+    return match[1], match[2], match[3]
+
+
+def check_incomplete_head(data: bytes) -> None:
+    """Raises Refused as soon as a head's beginning shows that all of it will be."""
+    line, end, _ = data.partition(b"\r\n")
+    if BARE_CR_OR_LF.search(data):
+        raise Refused(400, "malformed HTTP: bare CR or LF")
+    if end or len(line) > MAX_TARGET_BYTES + 64:
+        parse_request_line(line)
+    if len(data) > MAX_HEAD_BYTES:
+        raise Refused(431, "request head too large")
+
+
+def parse_head(data: bytes) -> Head:
+    """Parses a head without its empty line. Raises Refused: 400, 414 or 431."""
+    line, *field_lines = data.split(b"\r\n")
+    method, target, minor_version = parse_request_line(line)
+    if len(data) > MAX_HEAD_BYTES or len(field_lines) > MAX_FIELDS:
+        raise Refused(431, "request head too large")
+    fields: dict[bytes, bytes] = {}
+    for line in field_lines:
+        match = FIELD_LINE.fullmatch(line)
+        if not match:
+            raise Refused(400, "malformed HTTP: header field")
+        name, value = match[1].lower(), match[2]
+        # Two lengths or two hosts, joined, have not the form of one.
+        fields[name] = fields[name] + b", " + value if name in fields else value
+    path, _, query = target.partition(b"?")
+    head = Head(method, path, query, minor_version, fields)
+    if not HOST.fullmatch(head.field(b"host")):
+        raise Refused(400, "malformed HTTP: Host")
+    if b"host" not in fields and minor_version == b"1":
+        raise Refused(400, "malformed HTTP: Host is missing")
+    if not CONTENT_LENGTH.fullmatch(fields.get(b"content-length", b"0")):
+        raise Refused(400, "malformed HTTP: Content-Length")
+    return head
+
+
+def parse_query(query: bytes) -> dict[bytes, bytes]:
+    """Returns a query's values, the last of each name; "+" is a plus, not a space."""
+    pairs = (pair.partition(b"=") for pair in query.split(b"&"))
+    return {unquote_to_bytes(name): unquote_to_bytes(value) for name, _, value in pairs}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection, in a thread of its own.
+
+    It blocks in ``recv`` and ``sendall`` without a timeout; when ``deadline`` has passed
+    the server calls ``expire``, so that no trickle of bytes extends it. ``phase`` says
+    what it is doing, ``since`` when it last completed a request (monotonic seconds).
+    """
+
+    server: Server
+
+    def setup(self) -> None:
+        self.connection: socket.socket = self.request
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.settings = self.server.settings
+        self.storage = self.server.storage
+        self.buffer = b""
+        self.expired = False
+        self.since = time.monotonic()
+        self.enter(IDLE, HEAD_SECONDS)
+        self.server.register(self)
+
+    def finish(self) -> None:
+        """Lets the client read the answer: unread bytes turn a close into a reset."""
+        with contextlib.suppress(OSError):
+            if self.phase == LINGER:
+                self.connection.shutdown(socket.SHUT_WR)
+                while self.connection.recv(64 * KIB) and not self.expired:
+                    pass
+        self.server.unregister(self)
+
+    def enter(self, phase: int, seconds: float = math.inf) -> None:
+        self.phase = phase
+        self.deadline = time.monotonic() + seconds
+
+    def expire(self) -> None:
+        """Called by the server: ends reading, or an answer that nobody reads."""
+        self.expired = True
+        with contextlib.suppress(OSError):
+            both = self.phase == SEND
+            self.connection.shutdown(socket.SHUT_RDWR if both else socket.SHUT_RD)
+
+    def handle_one_request(self) -> None:
+        """Reads a request and answers it; called again until ``close_connection``."""
+        self.close_connection = True
+        self.head = Head()
+        self.unread = 0  # bytes of the body that are still to come
+        try:
+            try:
+                if not self.read_head():
+                    return
+                self.send(self.respond())
+            except Refused as refused:
+                self.server.count_refusal(refused)
+                self.send_refusal(refused)
+            except OSError:
+                raise
+            except Exception:
+                log.exception("internal error")
+                self.send_refusal(unavailable("internal error"))
+        except OSError:  # the client has gone
+            self.close_connection = True
+        self.since = time.monotonic()
+
+    # Reading
+
+    def receive(self) -> bytes:
+        """Returns what comes next of a request. Raises Refused if it does not, in time."""
+        data = self.connection.recv(64 * KIB)
+        if self.expired:
+            raise Refused(408, "the request was not complete in time")
+        if not data:
+            raise Refused(400, "malformed HTTP: it ends too early")
+        return data
+
+    def read_head(self) -> bool:
+        """Reads and parses a head; returns False if no request comes."""
+        while self.buffer in (b"", b"\r", b"\r\n"):
+            data = self.connection.recv(64 * KIB)
+            if not data:
+                return False
+            self.buffer += data
+        self.buffer = self.buffer.removeprefix(b"\r\n")  # RFC 9112 section 2.2
+        while (end := self.buffer.find(b"\r\n\r\n")) < 0:
+            if self.phase != HEAD:
+                self.enter(HEAD, HEAD_SECONDS)
+            check_incomplete_head(self.buffer)
+            self.buffer += self.receive()
+        self.head = head = parse_head(self.buffer[:end])
+        self.buffer = self.buffer[end + 4 :]
+        self.unread = int(head.field(b"content-length") or b"0")
+        options = head.field(b"connection").lower().replace(b" ", b"").split(b",")
+        wanted = head.minor_version == b"1" or b"keep-alive" in options
+        # Where a body could stand whose end is unknown, no other request can follow.
+        framed = b"content-length" in head.fields or head.method in (b"GET", b"HEAD")
+        framed = framed and b"transfer-encoding" not in head.fields
+        self.close_connection = b"close" in options or not wanted or not framed
+        return True
+
+    def read_body(self) -> bytes:
+        """Reads the whole body. Raises Refused."""
+        length = self.unread
+        if len(self.buffer) < length:
+            if self.head.field(b"expect").lower() == b"100-continue":
+                self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.enter(BODY, BODY_SECONDS + length / BODY_BYTES_PER_SECOND)
+            data = bytearray(self.buffer)
+            while len(data) < length:
+                data += self.receive()
+            self.buffer = bytes(data)
+        body, self.buffer = self.buffer[:length], self.buffer[length:]
+        self.unread = 0
+        self.enter(BUSY)
+        return body
+
+    # Answering
+
+    def respond(self) -> Answer:
+        """Finds the route and returns its answer. Raises Refused."""
+        methods = self.server.routes.get(self.head.path)
+        if methods is None:
+            raise Refused(404, "not found")
+        route = methods.get(self.head.method)
+        if route is None:
+            allowed = b", ".join(sorted(methods)).decode()
+            raise Refused(405, "method not allowed", Allow=allowed)
+        return route(self)
+
+    def send_refusal(self, refused: Refused) -> None:
+        self.send(as_json(refused.status, {"error": refused.reason}, refused.headers))
+
+    def send(self, answer: Answer) -> None:
+        """Sends an answer in one write, and decides whether the connection stays open."""
+        self.close_connection |= self.unread > 0 or self.expired or self.server.stopping
+        lines = [
+            f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}",
+            f"Date: {self.server.date}",
+            f"Content-Type: {answer.media_type}",
+            f"Content-Length: {len(answer.payload)}",
+        ]
+        lines += [f"{name}: {text}" for name, text in answer.headers.items()]
+        if self.settings.demo:
+            lines += self.cors()
+        if self.close_connection:
+            lines.append("Connection: close")
+        elif self.head.minor_version == b"0":
+            lines.append("Connection: keep-alive")
+        payload = b"" if self.head.method == b"HEAD" else answer.payload
+        self.enter(SEND, SEND_SECONDS)
+        self.connection.sendall("\r\n".join((*lines, "", "")).encode() + payload)
+        if self.close_connection:
+            self.enter(LINGER, LINGER_SECONDS)
+        else:
+            self.enter(IDLE, IDLE_SECONDS)
+
+    # Routes
+
+    def webhook(self) -> Answer:
+        """Takes events. Checks run cheapest first, before a byte of the body is read."""
+        self.require_secret(self.settings.public_secrets)
+        self.refuse_transfer_encoding()
+        if b"content-length" not in self.head.fields:
+            raise Refused(411, "Content-Length is required")
+        if self.unread > self.settings.max_body_bytes:
+            raise Refused(413, f"the limit is {self.settings.max_body_bytes} bytes")
+        signature = self.head.field(b"x-signature").lower()
+        if not SIGNATURE.fullmatch(signature):
+            raise Refused(401, "X-Signature is missing or not 40 hexadecimal digits")
+        with self.server.memory_for(self.unread):
+            body = self.read_body()
+            authenticate(body, signature, self.settings)
+            return self.store(body)
+
+    def store(self, body: bytes) -> Answer:
+        """Stores an authentic body's events; what cannot be is kept before the answer."""
+        try:
+            # The interpreter parses one body at a time anyway, a second only costs memory.
+            large = len(body) > SMALL_BODY_BYTES
+            with self.server.parsing if large else contextlib.nullcontext():
+                is_batch, documents, faults = parse_events(body)
+        except Refused as refused:
+            self.storage.reject(body, refused.reason, ".json")
+            raise
+        results: list[Result] = []
+        if documents:
+            results = self.storage.store([document.bson for document in documents])
+        ids = []
+        for document, result in zip(documents, results):
+            if not isinstance(result, Refused):
+                ids.append(str(document.id))
+                self.server.show(result, document)
+            elif result.status == 503:
+                raise result
+            else:
+                faults.append(f"{document.id}: {result.reason}")
+        if faults:
+            self.storage.reject(body, "\n".join(faults), ".json", len(faults))
+            if not is_batch:
+                raise Refused(422, faults[0])
+        if spooled := results.count("spooled"):
+            rejected = {"rejected": len(faults)} if faults else {}
+            return as_json(202, {"spooled": spooled} | rejected)
+        duplicates = results.count("duplicate")
+        if not is_batch:
+            duplicate = {"duplicate": True} if duplicates else {}
+            return as_json(200, {"insertedId": ids[0]} | duplicate)
+        counts = {"duplicates": duplicates, "rejected": len(faults)}
+        return as_json(200, {"insertedIds": ids} | counts)
+
+    def health(self) -> Answer:
+        """Says whether events can be kept; the counters only to who knows the secret."""
+        self.refuse_transfer_encoding()
+        storage = self.storage
+        failing = storage.failing
+        value: dict[str, Any] = {
+            "status": "failing" if failing else "ok",
+            "mongodb": "up" if storage.up else "down",
+        }
+        with contextlib.suppress(Refused):
+            self.require_secret(self.settings.public_secrets)
+            value |= {**storage.counters, "spool_files": len(storage.spool)}
+        return as_json(503 if failing else 200, value)
+
+    def demo_page(self) -> Answer:
+        self.require_loopback()
+        try:
+            page = Path(__file__).with_name("demo.html").read_bytes()
+        except OSError:
+            raise Refused(404, "demo.html is not beside receiver.py") from None
+        return Answer(200, page, media_type="text/html; charset=utf-8")
+
+    def events(self) -> Answer:
+        """Returns the newest documents, for the demo page."""
+        self.require_loopback()
+        self.require_secret(self.settings.events_secrets)
+        limit = parse_query(self.head.query).get(b"limit", b"20")
+        if not re.fullmatch(rb"[1-9][0-9]?|100", limit):
+            raise Refused(400, "limit is a number from 1 to 100")
+        try:
+            with pymongo.timeout(INSERT_SECONDS):
+                newest = self.storage.collection.find().sort("$natural", -1)
+                found = list(newest.limit(int(limit)))
+        except PyMongoError as error:
+            raise unavailable(f"MongoDB cannot be read: {brief(error)}") from None
+        relaxed = bson.json_util.RELAXED_JSON_OPTIONS
+        return Answer(200, bson.json_util.dumps(found, json_options=relaxed).encode())
+
+    def preflight(self) -> Answer:
+        self.require_loopback()
+        allowed = {
+            "Access-Control-Allow-Methods": "POST, PUT, PATCH",
+            "Access-Control-Allow-Headers": "Content-Type, X-Signature",
+            "Access-Control-Allow-Private-Network": "true",
+        }
+        return as_json(200, {}, allowed)
+
+    # Checks
+
+    def require_secret(self, accepted: tuple[bytes, ...]) -> None:
+        """Raises Refused (401) unless the query has one of the secrets, or none is set."""
+        given = parse_query(self.head.query).get(b"secret", b"")
+        if accepted and not any(hmac.compare_digest(given, key) for key in accepted):
+            raise Refused(401, "the secret in the query is missing or wrong")
+
+    def refuse_transfer_encoding(self) -> None:
+        if b"transfer-encoding" in self.head.fields:
+            raise Refused(
+                411, "Transfer-Encoding is not supported, send Content-Length"
+            )
+
+    def require_loopback(self) -> None:
+        """Raises Refused (403) for another Host: DNS rebinding would let a site read."""
+        self.refuse_transfer_encoding()
+        host = re.sub(r":[0-9]*\Z", "", self.head.field(b"host").decode())
+        if not is_loopback(host.strip("[]")):
+            raise Refused(403, "the demo is served to a loopback Host only")
+
+    def cors(self) -> list[str]:
+        """Lets demo.html read answers, opened as a file or from another port here."""
+        origin = self.head.field(b"origin").decode("latin-1")
+        host = re.fullmatch(r"https?://\[?([\w.:-]+?)\]?(:[0-9]+)?", origin, re.ASCII)
+        if origin == "null" or (host and is_loopback(host[1])):
+            return [f"Access-Control-Allow-Origin: {origin}", "Vary: Origin"]
+        return []
+
+
+class Server(ThreadingHTTPServer):
+    """Accepts connections, limits them, and ends those whose time is up.
+
+    ``stopping`` tells handlers to close their connection, ``date`` is for their answers,
+    ``routes`` maps path and method to the handler's method.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 1024
+
+    def __init__(
+        self, settings: Settings, storage: Storage, listener: socket.socket | None
+    ) -> None:
+        """Listens on the host and port, or on a socket that is listening already.
+
+        Raises SettingsError if it cannot.
+        """
+        self.settings = settings
+        self.storage = storage
+        self.stopping = False
+        self.date = formatdate(usegmt=True)
+        self.parsing = threading.Lock()
+        self.routes: dict[bytes, dict[bytes, Callable[[Handler], Answer]]] = {
+            b"/webhook": dict.fromkeys((b"POST", b"PUT", b"PATCH"), Handler.webhook),
+            b"/health": {b"GET": Handler.health},
+        }
+        if settings.demo:
+            self.routes[b"/webhook"][b"OPTIONS"] = Handler.preflight
+            self.routes[b"/"] = self.routes[b"/demo.html"] = {b"GET": Handler.demo_page}
+            self.routes[b"/events"] = {b"GET": Handler.events}
+        self._shows_events = settings.demo or sys.stderr.isatty()
+        self._lock = threading.Lock()
+        self._connections: set[Handler] = set()
+        self._slots = threading.BoundedSemaphore(settings.max_connections)
+        self._large_bytes = 0
+        self._refusals: Counter[str] = Counter()
+        self._next_check = self._next_count = 0.0
+        address = settings.host, settings.port
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        try:
+            super().__init__(address, Handler, bind_and_activate=not listener)
+        except OSError as error:
+            where = f"{settings.host}:{settings.port}"
+            raise SettingsError(f"cannot listen on {where}: {error.strerror}") from None
+        if listener:
+            self.socket.close()
+            self.socket = listener
+            self.server_address = listener.getsockname()
+            if settings.demo and not is_loopback(str(self.server_address[0])):
+                raise SettingsError(
+                    "the demo takes a loopback socket from systemd only"
+                )
+
+    def server_bind(self) -> None:
+        """Binds without HTTPServer's look-up of the host's name, which can hang."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+
+    @property
+    def url(self) -> str:
+        host, port = map(str, self.server_address[:2])
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def stop(self, seconds: float) -> None:
+        """Stops accepting, finishes the requests in hand, ends all other connections."""
+        self.stopping = True
+        self.shutdown()
+        self.server_close()
+        deadline = time.monotonic() + seconds
+        while self._connections and time.monotonic() < deadline:
+            with self._lock:
+                for connection in self._connections:
+                    if connection.phase in (IDLE, LINGER):
+                        connection.expire()
+            time.sleep(0.02)
+
+    # Limits
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Starts a thread; at the limit it first ends the longest waiting connection."""
+        while not self._slots.acquire(blocking=False):
+            self._evict()
+            if self._slots.acquire(timeout=0.1):
+                break
+            self.service_actions()
+            if self.stopping:
+                self.close_request(request)
+                return
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        self._slots.release()
+
+    def register(self, handler: Handler) -> None:
+        with self._lock:
+            self._connections.add(handler)
+
+    def unregister(self, handler: Handler) -> None:
+        with self._lock:
+            self._connections.discard(handler)
+
+    def _evict(self) -> None:
+        with self._lock:
+            waiting = [
+                c for c in self._connections if c.phase != BUSY and not c.expired
+            ]
+            if waiting:
+                min(waiting, key=lambda connection: connection.since).expire()
+
+    @contextlib.contextmanager
+    def memory_for(self, size: int) -> Iterator[None]:
+        """Bounds what large bodies hold together. Raises Refused (503)."""
+        large = size if size > SMALL_BODY_BYTES else 0
+        with self._lock:
+            held = self._large_bytes
+            if large and held and held + large > MAX_LARGE_BODY_BYTES:
+                raise unavailable("too many large bodies in flight")
+            self._large_bytes += large
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._large_bytes -= large
+
+    def service_actions(self) -> None:
+        """Does what is due; called after each connection, and every CHECK_SECONDS."""
+        now = time.monotonic()
+        if now < self._next_check:
+            return
+        self._next_check = now + CHECK_SECONDS
+        self.date = formatdate(usegmt=True)
+        with self._lock:
+            for connection in self._connections:
+                if connection.deadline < now:
+                    connection.expire()
+        if now > self._next_count:
+            self._next_count = now + COUNT_SECONDS
+            self._log_refusals()
+        if self.storage.alive():
+            up = "up" if self.storage.up else "down"
+            counts = "{stored} stored, {spooled} spooled".format(
+                **self.storage.counters
+            )
+            notify(f"WATCHDOG=1\nSTATUS={counts}, MongoDB {up}")
+
+    # Logs
+
+    def count_refusal(self, refused: Refused) -> None:
+        """Logs the first refusal of a kind; the others are counted, as a flood may come."""
+        kind = f"{refused.status} {refused.reason.partition(':')[0]}"
+        with self._lock:
+            self._refusals[kind] += 1
+            first = self._refusals[kind] == 1
+        if first:
+            log.warning("refused: %s", kind)
+
+    def _log_refusals(self) -> None:
+        with self._lock:
+            counts, self._refusals = self._refusals, Counter()
+        repeated = [f"{n} x {kind}" for kind, n in counts.most_common() if n > 1]
+        if repeated:
+            log.warning("refused within a minute: %s", ", ".join(repeated))
+
+    def show(self, result: str, document: Document) -> None:
+        """Lets somebody who watches a terminal see each event land."""
+        if self._shows_events:
+            log.info("%s: %s %s", result, document.label, document.id)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.exception("connection failed")
+
+
+# --- 6. Process -----------------------------------------------------------------------
+
+PRIORITIES = {logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
+
+
+class LogFormatter(logging.Formatter):
+    """A line for each record, its level as journald wants it: sd-daemon(3)."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = "".join(
+            char if char.isprintable() else char.encode("unicode_escape").decode()
+            for char in super().format(record)
+        )
+        if under_journald():
+            return f"<{PRIORITIES.get(record.levelno, 3)}>{text}"
+        return f"{time.strftime('%H:%M:%S')} {record.levelname:7} {text}"
+
+
+def under_journald() -> bool:
+    """Tells whether standard error is the journal: systemd.exec(5), $JOURNAL_STREAM."""
+    status = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def notify(state: str) -> None:
+    """Tells systemd, if it is there to listen: sd_notify(3)."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address and sys.platform != "win32":
+        address = re.sub("^@", "\0", address)  # an abstract socket
+        sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with sender, contextlib.suppress(OSError):
+            sender.sendto(state.encode(), address)
+
+
+def inherited_listener() -> socket.socket | None:
+    """Returns the listening socket that systemd hands over, if any: sd_listen_fds(3)."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return None
+    if os.environ.get("LISTEN_FDS") != "1":
+        raise SettingsError("systemd has to hand over one socket, not several")
+    os.set_inheritable(3, False)
+    listener = socket.socket(fileno=3)
+    listener.setblocking(True)
+    return listener
+
+
+def find_mongod() -> str | None:
+    """Returns a mongod's path: MONGOD, PATH, or the one that requirements.txt installs."""
+    if path := os.environ.get("MONGOD") or shutil.which("mongod"):
+        return path
+    package = importlib.util.find_spec("fiftyone")
+    folders = (package and package.submodule_search_locations) or ()
+    found = (shutil.which(Path(folder, "db", "bin", "mongod")) for folder in folders)
+    return next((str(path) for path in found if path), None)
+
+
+class EmbeddedMongoDB:
+    """A mongod of the receiver's own, started where others look for one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, client: Client) -> None:
+        """Starts it and waits for its answer, or logs in one line why it cannot be had."""
+        binary = find_mongod()
+        if not binary:
+            how = "set MONGODB_URI, or pip install -r requirements.txt"
+            log.warning("no MongoDB, events go to the spool: %s", how)
+            return
+        host, port = LOCAL_MONGODB.split(":")
+        arguments = [
+            *(binary, "--dbpath", str(self.folder), "--bind_ip", host, "--port", port),
+            *("--networkMessageCompressors", "disabled", "--quiet"),
+            *("--logpath", str(self.folder / "mongod.log")),
+        ]
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with socket.create_server((host, int(port))):
+                pass  # the port is free
+            # A session of its own: Ctrl-C is the receiver's, whose last insert needs it.
+            self._process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError as error:
+            why = f"{binary} on {LOCAL_MONGODB}: {error.strerror}"
+            log.warning("no MongoDB, events go to the spool: cannot start %s", why)
+            return
+        while self._process.poll() is None:
+            if version := ask_version(client, 0.5):
+                what = f"MongoDB {version} on {LOCAL_MONGODB}"
+                log.info("started %s, its data is in %s", what, self.folder)
+                return
+        assert self._process.stderr
+        words = self._process.stderr.read().decode(errors="replace").strip()
+        status = self._process.returncode
+        known = {
+            48: f"{LOCAL_MONGODB} is taken",
+            100: f"{self.folder} is in use or unusable",
+        }
+        why = known.get(status) or words or f"see {self.folder / 'mongod.log'}"
+        log.warning(
+            "no MongoDB, events go to the spool: mongod ended with status %d: %s",
+            *(status, why),
+        )
+
+    def stop(self, seconds: float) -> None:
+        """Stops it, or after that time kills it, which its journal makes safe."""
+        if self._process:
+            self._process.terminate()
+            try:
+                self._process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+
+def connect(uri: str) -> Client:
+    """Returns a client that connects when used. Raises SettingsError for a bad URI."""
+    options: dict[str, Any] = {"connect": False, "appname": "segment-receiver"}
+    if "connecttimeoutms" not in uri.lower():
+        # How soon a host that swallows packets is asked again.
+        options["connectTimeoutMS"] = 2000
+    try:
+        return pymongo.MongoClient(uri or f"mongodb://{LOCAL_MONGODB}", **options)
+    except (PyMongoError, ValueError):  # whose text may hold a piece of the password
+        raise SettingsError(
+            "MONGODB_URI is not a connection string, mongodb+srv://user:password@host/ "
+            "with user and password percent-encoded"
+        ) from None
+
+
+def ask_version(client: Client, seconds: float) -> str:
+    """Returns the version of the MongoDB that answers in time, else ""."""
+    with contextlib.suppress(PyMongoError), pymongo.timeout(seconds):
+        return str(client.server_info()["version"])
+    return ""
+
+
+def welcome(settings: Settings, url: str) -> str:
+    """Returns what somebody who starts the receiver for the first time wants to know."""
+    shared = settings.shared_secrets[0].decode()
+    public = quote(settings.public_secrets[0], safe="")
+    return f"""
+No SEGMENT_SHARED_SECRET is set, so this run has made up its secrets.
+
+  webhook URL    {url}/webhook?secret={public}
+  shared secret  {shared}
+  demo page      {url}/#shared={shared}&public={public}
+  the events     in MongoDB, collection {settings.database}.{settings.collection}
+
+Send a signed event from another terminal:
+
+body='{{"type":"track","event":"Favorited","properties":{{"itemName":"Roses"}}}}'
+signature=$(printf %s "$body" | openssl dgst -sha1 -hmac '{shared}' | sed 's/.* //')
+curl -X POST '{url}/webhook?secret={public}' \\
+  -H 'Content-Type: application/json' -H "X-Signature: $signature" -d "$body"
+
+README.md goes on from here to Segment itself. Ctrl-C stops.
+"""
+
+
+def check(settings: Settings) -> int:
+    """Prints what would keep events from being stored, and what to do; 1 if anything."""
+    faults = []
+    if not settings.shared_secrets:
+        faults.append("SEGMENT_SHARED_SECRET is not set: no event could be verified")
+    storage = Storage(connect(settings.mongodb_uri), settings)
+    try:
+        storage.spool.probe()
+    except OSError as error:
+        faults.append(
+            f"{storage.spool.path}: {error.strerror}: no event could wait there"
+        )
+    try:
+        storage.probe()
+    except (Outage, PyMongoError) as error:
+        advice = {
+            13: "grant its user a role that may insert into the collection",
+            18: "correct user and password",
+            8000: "correct user and password, or make room in the cluster",
+        }.get(getattr(error, "code", 0) or 0, "check address, network access, primary")
+        faults.append(f"MongoDB: {advice}: {brief(error)}")
+    for fault in faults:
+        log.error("%s", fault)
+    if not faults:
+        log.info("settings, secrets, spool and inserting into MongoDB are in order")
+    return 1 if faults else 0
+
+
+def run(settings: Settings) -> int:
+    """Starts everything in order, waits for a signal, and stops it in reverse order."""
+    stop = threading.Event()
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP, nohup ignores it
+        if number and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: stop.set())
+    client = connect(settings.mongodb_uri)
+    storage = Storage(client, settings)
+    server = Server(settings, storage, inherited_listener())
+    mongod = EmbeddedMongoDB(Path(settings.data_dir, "mongodb"))
+    try:
+        if not settings.mongodb_uri and not ask_version(client, 0.5):
+            mongod.start(client)
+        storage.start()
+        loop = threading.Thread(target=server.serve_forever, args=(CHECK_SECONDS,))
+        loop.daemon = True
+        loop.start()
+        where = f"{settings.database}.{settings.collection}"
+        log.info("listening on %s, events go to %s", server.url, where)
+        if settings.made_up:
+            print(welcome(settings, server.url), flush=True)
+        notify("READY=1")
+        while not stop.wait(3600):
+            pass
+        notify("STOPPING=1")
+        log.info("stopping")
+        server.stop(5.0)
+        storage.close()
+    finally:
+        mongod.stop(3.0)
+    log.info("stopped")
+    return 0
+
+
+def main() -> int:
+    """Runs the receiver until SIGTERM, SIGINT or SIGHUP; returns the exit status."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("pymongo").setLevel(logging.CRITICAL)
+    try:
+        settings = Settings.load(sys.argv[1:], os.environ)
+        return check(settings) if settings.check else run(settings)
+    except SettingsError as error:
+        print(f"receiver.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

