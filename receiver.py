@@ -779,7 +779,7 @@ class Storage:
             self.spool.write(name, b"".join(documents))
         except OSError as error:
             if self._disk_ok:
-                log.error("events are lost to 503: %s: %s", self.spool.path, error)
+                log.error("events are answered 503: %s: %s", self.spool.path, error)
             self._disk_ok = False
             refused = unavailable("neither MongoDB nor the disk can take it")
             return [refused] * len(documents)
@@ -849,7 +849,8 @@ class Storage:
     def _tend(self) -> None:
         """Delivers the spool, and finds out when MongoDB goes and comes back."""
         last_trouble = ""
-        while not self._stopping.wait(WATCH_SECONDS if self.up else PROBE_SECONDS):
+        pause = 0.0
+        while not self._stopping.wait(pause):
             trouble = ""
             try:
                 self.probe()
@@ -868,6 +869,7 @@ class Storage:
             if trouble and trouble != last_trouble:
                 log.error("%s", trouble)
             last_trouble = trouble
+            pause = WATCH_SECONDS if self.up else PROBE_SECONDS
 
     def _drain(self) -> None:
         """Delivers every file, oldest first. Raises what ``_insert`` raises, OSError."""
@@ -1630,10 +1632,14 @@ class EmbeddedMongoDB:
 
 def connect(uri: str) -> Client:
     """Returns a client that connects when used. Raises SettingsError for a bad URI."""
-    options: dict[str, Any] = {"connect": False, "appname": "segment-receiver"}
-    if "connecttimeoutms" not in uri.lower():
-        # How soon a host that swallows packets is asked again.
-        options["connectTimeoutMS"] = 2000
+    # How soon a host is asked again that swallows packets, or a primary that was lost.
+    patience = {"connectTimeoutMS": 2000, "heartbeatFrequencyMS": 1000}
+    options: dict[str, Any] = {
+        name: value
+        for name, value in patience.items()
+        if name.lower() not in uri.lower()
+    }
+    options |= {"connect": False, "appname": "segment-receiver"}
     try:
         return pymongo.MongoClient(uri or f"mongodb://{LOCAL_MONGODB}", **options)
     except (PyMongoError, ValueError):  # whose text may hold a piece of the password

@@ -59,7 +59,9 @@ def wait_until(condition: Callable[[], Any], seconds: float = 15.0) -> Any:
 class Mongod:
     """A mongod of the tests' own, which they may kill, stop and restart."""
 
-    def __init__(self, folder: Path, *arguments: str, port: int = 0) -> None:
+    def __init__(
+        self, folder: Path, *arguments: str, port: int = 0, ready: bool = True
+    ) -> None:
         self.binary = product.find_mongod()
         if not self.binary:
             pytest.fail(
@@ -69,9 +71,10 @@ class Mongod:
         self.folder = folder
         self.arguments = arguments
         folder.mkdir(exist_ok=True)
-        self.start()
+        self.start(ready)
 
-    def start(self) -> None:
+    def start(self, ready: bool = True) -> None:
+        """Starts it, and waits until it takes commands unless it is one of a replica set."""
         self.process = subprocess.Popen(
             [
                 *(self.binary, "--dbpath", str(self.folder), "--port", str(self.port)),
@@ -84,7 +87,8 @@ class Mongod:
         self.client: pymongo.MongoClient[dict[str, Any]] = pymongo.MongoClient(
             "127.0.0.1", self.port, directConnection=True
         )
-        self.client.admin.command("ping")
+        if ready:
+            self.client.admin.command("ping")
 
     @property
     def uri(self) -> str:
@@ -1145,3 +1149,573 @@ def test_a_signal_finishes_the_requests_in_hand(
     assert idle.recv(100) == b""
     idle.close()
     assert "Traceback" not in receiver.log and "stopped" in receiver.log
+
+
+# --- Guarantees: nothing acknowledged is lost ---------------------------------------------------
+
+
+# The receiver with less patience, so that these tests take less time, and told by its
+# environment at which step to kill itself once the file "armed" is there.
+IMPATIENT = """
+import os, signal, sys, receiver
+receiver.INSERT_SECONDS = 0.3
+step, moment = os.environ.get("CRASH", " ").split(" ")
+if step:
+    module = os if hasattr(os, step) else receiver.Storage
+    real = getattr(module, step)
+    def crash(*arguments, **options):
+        armed = os.path.exists("armed") and receiver.PROBE not in arguments[-2:][0:1]
+        if armed and moment == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*arguments, **options)
+        if armed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(module, step, crash)
+sys.exit(receiver.main())
+"""
+
+
+class Load:
+    """Sends distinct signed events from several connections, and notes every acknowledgement."""
+
+    def __init__(self, receiver: Receiver, connections: int = 4) -> None:
+        self.receiver = receiver
+        self.acknowledged: dict[str, dict[str, Any]] = {}
+        self.statuses: dict[int, int] = {}
+        self.slowest = 0.0
+        self._running = True
+        self._lock = threading.Lock()
+        self._threads = [
+            threading.Thread(target=self._send, args=(number,))
+            for number in range(connections)
+        ]
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        for thread in self._threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._running = False
+            for thread in self._threads:
+                thread.join(30)
+                assert not thread.is_alive(), "a request was never answered"
+
+    def count(self, *statuses: int) -> int:
+        with self._lock:
+            return sum(self.statuses.get(status, 0) for status in statuses)
+
+    def wait_for_more(self, *statuses: int, events: int = 20) -> None:
+        before = self.count(*statuses)
+        wait_until(lambda: self.count(*statuses) >= before + events)
+
+    def _send(self, number: int) -> None:
+        connection = None
+        while self._running:
+            event = track(properties={"connection": number, "at": time.time()})
+            body = json.dumps(event).encode()
+            try:
+                started = time.monotonic()
+                if connection is None:
+                    connection = http.client.HTTPConnection(
+                        "127.0.0.1", self.receiver.port, timeout=20
+                    )
+                connection.request(
+                    "POST",
+                    "/webhook?secret=public%2Fsecret+%C3%A4",
+                    body,
+                    {"X-Signature": sign(body)},
+                )
+                response = connection.getresponse()
+                response.read()
+                seconds = time.monotonic() - started
+            except (OSError, http.client.HTTPException):  # killed: not acknowledged
+                if connection:
+                    connection.close()
+                connection = None
+                time.sleep(0.02)
+                continue
+            with self._lock:
+                self.slowest = max(self.slowest, seconds)
+                count = self.statuses.get(response.status, 0)
+                self.statuses[response.status] = count + 1
+                if response.status in (200, 202):
+                    self.acknowledged[event["messageId"]] = event
+            if response.status == 503:
+                time.sleep(0.05)
+
+    def assert_all_stored(self) -> None:
+        """Waits for the spool to be delivered; then all that was acknowledged is there, once."""
+        wait_until(lambda: self.receiver.health()["spool_files"] == 0, 40)
+        stored = {event.pop("_id"): event for event in self.receiver.events().find()}
+        assert self.acknowledged.items() <= stored.items()
+        assert set(self.statuses) <= {200, 202, 503}, self.statuses
+        assert self.slowest < 5
+        assert not list((self.receiver.data / "rejected").iterdir())
+        assert "Traceback" not in self.receiver.log
+
+
+ROUNDS = 20 if LONG else 4
+
+
+def test_the_receiver_is_killed_under_load(start: Callable[..., Receiver]) -> None:
+    rng = random.Random(1)
+    receiver = start()
+    load = Load(receiver)
+    with load.running():
+        for _ in range(ROUNDS):
+            load.wait_for_more(200, 202, events=rng.randrange(1, 60))
+            receiver.stop(signal.SIGKILL)
+            receiver.start()
+        load.wait_for_more(200)
+    load.assert_all_stored()
+
+
+def test_the_receiver_is_killed_under_load_while_it_spools(
+    start: Callable[..., Receiver], own_mongod: Mongod
+) -> None:
+    rng = random.Random(2)
+    receiver = start(
+        uri=own_mongod.uri,
+        command=(sys.executable, "-c", IMPATIENT),
+        PYTHONPATH=str(HERE),
+    )
+    own_mongod.kill()
+    load = Load(receiver)
+    with load.running():
+        for _ in range(ROUNDS):
+            load.wait_for_more(202, events=rng.randrange(1, 60))
+            receiver.stop(signal.SIGKILL)
+            receiver.start()
+        own_mongod.start()
+        load.wait_for_more(200)
+        receiver.stop(signal.SIGKILL)  # in the middle of the drain, with luck
+        receiver.start()
+        load.wait_for_more(200)
+    load.assert_all_stored()
+
+
+def test_mongod_is_killed_under_load(
+    start: Callable[..., Receiver], own_mongod: Mongod
+) -> None:
+    rng = random.Random(3)
+    receiver = start(uri=own_mongod.uri)
+    load = Load(receiver)
+    with load.running():
+        for _ in range(10 if LONG else 3):
+            load.wait_for_more(200, events=rng.randrange(1, 100))
+            own_mongod.kill()
+            load.wait_for_more(202)
+            assert receiver.health()["mongodb"] == "down"
+            own_mongod.start()
+            load.wait_for_more(200)
+    load.assert_all_stored()
+    assert receiver.health()["mongodb"] == "up"
+
+
+def test_mongod_hangs_under_load(
+    start: Callable[..., Receiver], own_mongod: Mongod
+) -> None:
+    receiver = start(uri=own_mongod.uri)
+    load = Load(receiver)
+    with load.running():
+        load.wait_for_more(200)
+        own_mongod.process.send_signal(signal.SIGSTOP)
+        load.wait_for_more(202, events=1)
+        load.wait_for_more(
+            202, events=200
+        )  # no slow path: these do not wait for a timeout
+        if LONG:
+            time.sleep(10)
+        own_mongod.process.send_signal(signal.SIGCONT)
+        load.wait_for_more(200)
+    load.assert_all_stored()
+
+
+def test_mongod_is_absent_and_started_afterwards(
+    start: Callable[..., Receiver], tmp_path: Path
+) -> None:
+    port = free_port()
+    receiver = start(uri=f"mongodb://127.0.0.1:{port}/")
+    assert receiver.health()["mongodb"] == "down"
+    load = Load(receiver)
+    with load.running():
+        load.wait_for_more(202, events=300)
+    assert receiver.health()["spool_files"] > 0
+    assert receiver.stop() == 0
+    receiver.start()
+    mongod = Mongod(tmp_path / "late", port=port)
+    try:
+        load.assert_all_stored()
+        assert set(load.statuses) == {202}
+        assert f"{len(load.acknowledged)} events delivered" in receiver.log
+        assert receiver.health()["stored"] == len(load.acknowledged)
+        assert receiver.post(track()).status == 200
+    finally:
+        mongod.stop()
+
+
+@pytest.fixture
+def replica_set(tmp_path: Path) -> Iterator[list[Mongod]]:
+    names = [f"node{number}" for number in range(3)]
+    nodes = [
+        Mongod(tmp_path / name, "--replSet", "rs", "--oplogSize", "64", ready=False)
+        for name in names
+    ]
+    hosts = [{"_id": n, "host": f"127.0.0.1:{m.port}"} for n, m in enumerate(nodes)]
+    # A second to notice a dead primary, as much again to elect one: quick, for the tests.
+    quick = {"electionTimeoutMillis": 1000, "heartbeatIntervalMillis": 200}
+    config = {"_id": "rs", "members": hosts, "settings": quick}
+    nodes[0].client.admin.command("replSetInitiate", config)
+    yield nodes
+    for node in nodes:
+        node.stop()
+
+
+def primary_of(nodes: list[Mongod]) -> Mongod | None:
+    for node in nodes:
+        with contextlib.suppress(pymongo.errors.PyMongoError), pymongo.timeout(1):
+            alive = node.process.poll() is None
+            if alive and node.client.admin.command("hello")["isWritablePrimary"]:
+                return node
+    return None
+
+
+def test_a_replica_sets_primary_is_killed_and_stepped_down_under_load(
+    start: Callable[..., Receiver], replica_set: list[Mongod]
+) -> None:
+    primary = wait_until(lambda: primary_of(replica_set), 30)
+    hosts = ",".join(f"127.0.0.1:{node.port}" for node in replica_set)
+    receiver = start(uri=f"mongodb://{hosts}/?replicaSet=rs")
+    load = Load(receiver)
+    with load.running():
+        for _ in range(3 if LONG else 1):
+            load.wait_for_more(200)
+            primary = wait_until(lambda: primary_of(replica_set), 30)
+            primary.kill()
+            wait_until(lambda: primary_of(replica_set), 30)
+            load.wait_for_more(200)
+            primary.start(ready=False)
+            primary = wait_until(lambda: primary_of(replica_set), 30)
+            with contextlib.suppress(pymongo.errors.PyMongoError):
+                primary.client.admin.command("replSetStepDown", 5, force=True)
+            wait_until(lambda: primary_of(replica_set), 30)
+            load.wait_for_more(200)
+    load.assert_all_stored()
+
+
+def failing_inserts(mongod: Mongod, mode: Any, **data: Any) -> None:
+    """Makes mongod answer inserts with an error: its own failCommand, made for drivers' tests."""
+    data = {"failCommands": ["insert"], **data}
+    command = {"configureFailPoint": "failCommand", "mode": mode, "data": data}
+    mongod.client.admin.command(command)
+
+
+OUTAGES: dict[str, dict[str, Any]] = {
+    "over quota on Atlas": {"errorCode": 8000},
+    "not authorised any more": {"errorCode": 13},
+    "authentication failed": {"errorCode": 18},
+    "not primary any more": {"errorCode": 10107},
+    "no primary": {"errorCode": 13435},
+    "shutting down": {"errorCode": 91},
+    "out of disk space": {"errorCode": 14031},
+    "out of time": {"errorCode": 50},
+    "an unknown code": {"errorCode": 999_999},
+    "the connection breaks": {"closeConnection": True},
+    "write concern not met": {
+        "writeConcernError": {"code": 64, "errmsg": "waiting for replication timed out"}
+    },
+    "majority not there": {
+        "writeConcernError": {"code": 100, "errmsg": "Not enough data-bearing nodes"}
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def fragile(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Receiver, Mongod]]:
+    """A receiver and a mongod that is told to fail."""
+    mongod = Mongod(tmp_path_factory.mktemp("fragile"))
+    receiver = Receiver(tmp_path_factory.mktemp("receiver"), mongod.uri)
+    yield receiver, mongod
+    assert receiver.stop() == 0
+    mongod.stop()
+
+
+@pytest.mark.parametrize("outage", OUTAGES)
+def test_an_outage_spools_and_never_rejects(
+    fragile: tuple[Receiver, Mongod], outage: str
+) -> None:
+    receiver, mongod = fragile
+    wait_until(lambda: receiver.post(track()).status == 200)
+    warnings = receiver.log.count("cannot take events")
+    before = receiver.events().count_documents({})
+    failing_inserts(mongod, "alwaysOn", **OUTAGES[outage])
+    try:
+        for _ in range(3):
+            answer = receiver.post(track())
+            assert (answer.status, answer.json) == (202, {"spooled": 1})
+        health = receiver.get("/health")
+        assert (health.status, health.json) == (
+            200,
+            {"status": "ok", "mongodb": "down"},
+        )
+        batch = receiver.post([track(), track(), {"a\0": 1}])
+        assert (batch.status, batch.json) == (202, {"spooled": 2, "rejected": 1})
+    finally:
+        failing_inserts(mongod, "off")
+    wait_until(lambda: receiver.health()["mongodb"] == "up")
+    wait_until(lambda: receiver.health()["spool_files"] == 0)
+    assert receiver.events().count_documents({}) == before + 5
+    assert receiver.log.count("cannot take events") == warnings + 1
+
+
+def test_wrong_credentials_are_an_outage(
+    start: Callable[..., Receiver], tmp_path: Path
+) -> None:
+    mongod = Mongod(tmp_path / "auth")
+    mongod.client.admin.command("createUser", "u", pwd="right", roles=["readWrite"])
+    mongod.kill(signal.SIGTERM)
+    mongod.arguments = ("--auth",)
+    mongod.start()
+    try:
+        receiver = start(uri=f"mongodb://u:wr0ng@127.0.0.1:{mongod.port}/")
+        assert receiver.post(track()).status == 202
+        assert "wr0ng" not in receiver.log
+    finally:
+        mongod.stop()
+
+
+# --- The spool ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_mongodb(start: Callable[..., Receiver]) -> Callable[..., Receiver]:
+    """Starts receivers whose MongoDB is not there."""
+    port = free_port()
+
+    def without_mongodb(*arguments: str, **options: Any) -> Receiver:
+        options = {"command": (sys.executable, "-c", IMPATIENT)} | options
+        uri = f"mongodb://127.0.0.1:{port}/"
+        return start(*arguments, uri=uri, PYTHONPATH=str(HERE), **options)
+
+    return without_mongodb
+
+
+def come_back(receiver: Receiver, mongod: Mongod) -> None:
+    """Restarts the receiver with a MongoDB that is there, and waits for an empty spool."""
+    receiver.stop()
+    receiver.mongodb_uri = receiver.environment["MONGODB_URI"] = mongod.uri
+    receiver.start()
+    wait_until(lambda: receiver.health()["spool_files"] == 0)
+
+
+def test_a_spool_file_is_a_dump_of_the_documents(
+    without_mongodb: Callable[..., Receiver],
+) -> None:
+    receiver = without_mongodb()
+    events = [track() for _ in range(20)]
+    assert receiver.post(events).json == {"spooled": 20}
+    (file,) = (receiver.data / "spool").glob("*.bson")
+    documents = bson.decode_all(file.read_bytes())
+    assert documents == [{"_id": event["messageId"], **event} for event in events]
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert file.parent.stat().st_mode & 0o777 == 0o700
+    assert receiver.health()["spooled"] == 20 and receiver.health()["spool_files"] == 1
+
+
+def test_never_two_receivers_in_one_spool(
+    start: Callable[..., Receiver], without_mongodb: Callable[..., Receiver]
+) -> None:
+    receiver = without_mongodb()
+    environment = receiver.environment | {"RECEIVER_PORT": str(free_port())}
+    second = run(**environment)
+    assert second.returncode == 2 and "another receiver" in second.stderr
+    assert receiver.post(track()).status == 202
+    receiver.stop(signal.SIGKILL)
+    receiver.start()  # the lock of a killed receiver holds nobody up
+
+
+def test_torn_empty_and_foreign_files_are_set_aside_and_the_rest_delivered(
+    without_mongodb: Callable[..., Receiver], mongod: Mongod
+) -> None:
+    receiver = without_mongodb()
+    event = track()
+    receiver.post(event)
+    spool = receiver.data / "spool"
+    one, two = bson.encode({"_id": "torn1"}), bson.encode({"_id": "torn2"})
+    refused = bson.encode({"_id": []})
+    strange = {
+        "00000000000000000001-000001-2.bson": one + two[:-3],
+        "00000000000000000002-000002-1.bson": b"",
+        "00000000000000000003-000003-9.bson": bytes(4096),
+        "README": b"hello",
+        "~late.bson": bson.encode({"_id": "put back by hand"}) + refused,
+        ".tmp-1-x": b"never promised",
+    }
+    for name, data in strange.items():
+        (spool / name).write_bytes(data)
+    (spool / "folder").mkdir()
+    come_back(receiver, mongod)
+    stored = {document["_id"] for document in receiver.events().find()}
+    assert stored == {event["messageId"], "torn1", "put back by hand"}
+    aside = kept(receiver)
+    for name in list(strange)[:4]:
+        assert name in aside[strange[name]] and name in receiver.log
+    assert "array" in aside[refused]
+    assert [path.name for path in spool.iterdir()] == ["folder"]
+    assert receiver.health()["rejected"] == 1
+
+
+def test_past_its_limit_the_spool_answers_503_until_it_is_delivered(
+    without_mongodb: Callable[..., Receiver], mongod: Mongod
+) -> None:
+    receiver = without_mongodb("--max-spool-bytes", "20000")
+    pad = "x" * 9000
+    assert receiver.post(track(pad=pad)).status == 202
+    assert receiver.post(track(pad=pad)).status == 202
+    answer = receiver.post(track(pad=pad))
+    assert answer.status == 503 and answer.headers["Retry-After"]
+    health = receiver.get("/health")
+    assert (health.status, health.json["status"]) == (503, "failing")
+    assert [line for line in receiver.log.splitlines() if "limit" in line]
+    come_back(receiver, mongod)
+    assert receiver.post(track(pad=pad)).status == 200
+    assert receiver.events().count_documents({}) == 3
+
+
+def test_without_room_on_the_disk_the_answer_is_503_and_then_it_goes_on(
+    without_mongodb: Callable[..., Receiver], mongod: Mongod, tmp_path: Path
+) -> None:
+    """On a small tmpfs where root may mount one, else within a limit on a file's size."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    mounted = not subprocess.run(mount, check=False, capture_output=True).returncode
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))"
+    ignore = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
+    code = IMPATIENT if mounted else f"{limit}; {ignore}\n{IMPATIENT}"
+    try:
+        receiver = without_mongodb(
+            command=(sys.executable, "-c", code), RECEIVER_DATA_DIR=str(disk)
+        )
+        receiver.data = disk
+        big = {"pad": "x" * 10_000}
+        events = [track(), *(track(**big) for _ in range(8))]
+        answers = [receiver.post(event) for event in events]
+        assert answers[0].status == 202 and answers[-1].status == 503
+        assert not list((disk / "spool").glob(".tmp*"))
+        assert "Traceback" not in receiver.log and "answered 503" in receiver.log
+        come_back(receiver, mongod)
+        spooled = [e["messageId"] for e, a in zip(events, answers) if a.status == 202]
+        assert [event["_id"] for event in receiver.events().find()] == spooled
+        assert receiver.post(track(**big)).status == 200
+        assert receiver.stop() == 0
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("step", ["open", "fsync", "replace"])
+def test_a_crash_at_each_step_of_a_spool_write(
+    without_mongodb: Callable[..., Receiver], mongod: Mongod, step: str, moment: str
+) -> None:
+    receiver = without_mongodb(CRASH=f"{step} {moment}")
+    acknowledged = [track(), track()]
+    for event in acknowledged:
+        assert receiver.post(event).status == 202
+    (receiver.folder / "armed").touch()
+    event = track()
+    with pytest.raises((OSError, http.client.HTTPException)):
+        receiver.post(event)
+    assert receiver.process.wait(10) == -signal.SIGKILL
+    (receiver.folder / "armed").unlink()
+    come_back(receiver, mongod)
+    stored = {document.pop("_id"): document for document in receiver.events().find()}
+    assert stored.pop(event["messageId"], event) == event
+    assert list(stored.values()) == acknowledged
+    assert not list((receiver.data / "spool").iterdir())
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("step", ["_insert", "unlink"])
+def test_a_crash_at_each_step_of_a_drain(
+    without_mongodb: Callable[..., Receiver], mongod: Mongod, step: str, moment: str
+) -> None:
+    receiver = without_mongodb(CRASH=f"{step} {moment}")
+    events = [track() for _ in range(3)]
+    for event in events:
+        assert receiver.post(event).status == 202
+    receiver.stop()
+    (receiver.folder / "armed").touch()
+    receiver.mongodb_uri = receiver.environment["MONGODB_URI"] = mongod.uri
+    receiver.start(wait=False)
+    assert receiver.process.wait(15) == -signal.SIGKILL
+    (receiver.folder / "armed").unlink()
+    come_back(receiver, mongod)
+    stored = {document.pop("_id"): document for document in receiver.events().find()}
+    assert list(stored.values()) == events
+
+
+def test_new_events_do_not_wait_for_the_backlog(
+    without_mongodb: Callable[..., Receiver], mongod: Mongod
+) -> None:
+    receiver = without_mongodb()
+    assert receiver.stop() == 0
+    spool = receiver.data / "spool"
+    for number in range(60):
+        documents = [bson.encode({"_id": f"{number}-{n}"}) for n in range(500)]
+        (spool / f"{number:020d}-{number:06d}-500.bson").write_bytes(
+            b"".join(documents)
+        )
+    receiver.mongodb_uri = receiver.environment["MONGODB_URI"] = mongod.uri
+    receiver.start()
+    answers = [receiver.post(track()).status]
+    while receiver.health()["spool_files"]:
+        answers.append(receiver.post(track()).status)
+    assert set(answers[1:]) <= {200}
+    assert receiver.events().count_documents({}) == 30_000 + len(answers)
+    assert "60 files with 30000 events left" in receiver.log
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_stopping_while_mongodb_is_away_spools_what_is_in_flight(
+    start: Callable[..., Receiver], own_mongod: Mongod, number: int
+) -> None:
+    receiver = start(uri=own_mongod.uri)
+    own_mongod.process.send_signal(number)
+    answers: list[Answer] = []
+    event = track()
+    client = threading.Thread(target=lambda: answers.append(receiver.post(event)))
+    client.start()
+    time.sleep(0.2)
+    started = time.monotonic()
+    assert receiver.stop() == 0
+    assert time.monotonic() - started < 10
+    client.join()
+    assert answers[0].status == 202
+    own_mongod.process.send_signal(signal.SIGCONT)
+    if number == signal.SIGKILL:
+        own_mongod.process.wait()
+        own_mongod.start()
+    receiver.start()
+    wait_until(lambda: receiver.events().find_one({"_id": event["messageId"]}))
+
+
+def test_too_many_events_in_flight_are_503(
+    start: Callable[..., Receiver], own_mongod: Mongod
+) -> None:
+    receiver = start(uri=own_mongod.uri)
+    own_mongod.process.send_signal(signal.SIGSTOP)
+    batches = [[{"_id": f"{b}-{n}"} for n in range(4000)] for b in range(8)]
+    answers = together(*[lambda batch=batch: receiver.post(batch) for batch in batches])
+    own_mongod.process.send_signal(signal.SIGCONT)
+    statuses = sorted(answer.status for answer in answers)
+    assert set(statuses) == {202, 503} and statuses.count(202) >= 5, statuses
+    assert all(a.headers["Retry-After"] for a in answers if a.status == 503)
+    spooled = sum(answer.status == 202 for answer in answers) * 4000
+    wait_until(lambda: receiver.events().count_documents({}) == spooled)
