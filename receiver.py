@@ -962,6 +962,7 @@ BODY_BYTES_PER_SECOND = 100_000
 IDLE_SECONDS = 60.0
 SEND_SECONDS = 10.0
 LINGER_SECONDS = 10.0
+STOP_IDLE_SECONDS = 0.5
 CHECK_SECONDS = 0.25
 COUNT_SECONDS = 60.0
 SMALL_BODY_BYTES = 64 * KIB  # max_connections bounds how many of these are held
@@ -1369,6 +1370,7 @@ class Server(ThreadingHTTPServer):
         self._lock = threading.Lock()
         self._connections: set[Handler] = set()
         self._slots = threading.BoundedSemaphore(settings.max_connections)
+        self._threads_running = 0
         self._large_bytes = 0
         self._refusals: Counter[str] = Counter()
         self._next_check = self._next_count = 0.0
@@ -1400,15 +1402,21 @@ class Server(ThreadingHTTPServer):
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def stop(self, seconds: float) -> None:
-        """Stops accepting, finishes the requests in hand, ends all other connections."""
+        """Stops accepting, finishes the requests in hand, ends all other connections.
+
+        A connection that is new or was answered just now may have a request on its way.
+        """
         self.stopping = True
         self.shutdown()
         self.server_close()
         deadline = time.monotonic() + seconds
-        while self._connections and time.monotonic() < deadline:
+        while self._threads_running and time.monotonic() < deadline:
             with self._lock:
                 for connection in self._connections:
-                    if connection.phase in (IDLE, LINGER):
+                    idle = time.monotonic() - connection.since > STOP_IDLE_SECONDS
+                    if connection.phase == LINGER or (
+                        connection.phase == IDLE and idle
+                    ):
                         connection.expire()
             time.sleep(0.02)
 
@@ -1424,10 +1432,14 @@ class Server(ThreadingHTTPServer):
             if self.stopping:
                 self.close_request(request)
                 return
+        with self._lock:
+            self._threads_running += 1
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
+        with self._lock:
+            self._threads_running -= 1
         self._slots.release()
 
     def register(self, handler: Handler) -> None:

@@ -15,6 +15,7 @@ import http.client
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -144,6 +145,7 @@ class Receiver:
         mongodb_uri: str,
         *arguments: str,
         command: tuple[str, ...] = (sys.executable, str(HERE / "receiver.py")),
+        pass_fds: tuple[int, ...] = (),
         **environment: str,
     ) -> None:
         self.folder = folder
@@ -152,6 +154,7 @@ class Receiver:
         self.database = "t" + uuid.uuid4().hex
         self.mongodb_uri = mongodb_uri
         self.command = (*command, *arguments)
+        self.pass_fds = pass_fds
         self.environment = {
             "PATH": os.environ["PATH"],
             "SEGMENT_SHARED_SECRET": SHARED,
@@ -172,6 +175,7 @@ class Receiver:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                pass_fds=self.pass_fds,
             )
         if wait:
             wait_until(self.answers)
@@ -1179,16 +1183,20 @@ sys.exit(receiver.main())
 class Load:
     """Sends distinct signed events from several connections, and notes every acknowledgement."""
 
-    def __init__(self, receiver: Receiver, connections: int = 4) -> None:
+    def __init__(
+        self, receiver: Receiver, *, port: int = 0, keep_alive: bool = True
+    ) -> None:
         self.receiver = receiver
+        self.port = port or receiver.port
+        self.keep_alive = keep_alive
+        self.failures = 0  # connections that were refused or reset
         self.acknowledged: dict[str, dict[str, Any]] = {}
         self.statuses: dict[int, int] = {}
         self.slowest = 0.0
         self._running = True
         self._lock = threading.Lock()
         self._threads = [
-            threading.Thread(target=self._send, args=(number,))
-            for number in range(connections)
+            threading.Thread(target=self._send, args=(number,)) for number in range(4)
         ]
 
     @contextlib.contextmanager
@@ -1212,16 +1220,12 @@ class Load:
         wait_until(lambda: self.count(*statuses) >= before + events)
 
     def _send(self, number: int) -> None:
-        connection = None
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         while self._running:
             event = track(properties={"connection": number, "at": time.time()})
             body = json.dumps(event).encode()
             try:
                 started = time.monotonic()
-                if connection is None:
-                    connection = http.client.HTTPConnection(
-                        "127.0.0.1", self.receiver.port, timeout=20
-                    )
                 connection.request(
                     "POST",
                     "/webhook?secret=public%2Fsecret+%C3%A4",
@@ -1231,10 +1235,11 @@ class Load:
                 response = connection.getresponse()
                 response.read()
                 seconds = time.monotonic() - started
-            except (OSError, http.client.HTTPException):  # killed: not acknowledged
-                if connection:
+                if not self.keep_alive:
                     connection.close()
-                connection = None
+            except (OSError, http.client.HTTPException):  # killed: not acknowledged
+                connection.close()
+                self.failures += 1
                 time.sleep(0.02)
                 continue
             with self._lock:
@@ -1719,3 +1724,331 @@ def test_too_many_events_in_flight_are_503(
     assert all(a.headers["Retry-After"] for a in answers if a.status == 503)
     spooled = sum(answer.status == 202 for answer in answers) * 4000
     wait_until(lambda: receiver.events().count_documents({}) == spooled)
+
+
+# --- Running it for years: systemd, --check, scaling out, README --------------------------------
+
+
+README = (HERE / "README.md").read_text()
+
+
+def readme_block(language: str, words: str) -> str:
+    """Returns the README's first fenced block of a language that has these words in it."""
+    blocks = re.findall(
+        rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE
+    )
+    return next(block for block in blocks if words in block)
+
+
+class Systemd:
+    """Plays systemd's part: it holds the notification socket, and the listening one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.address = str(folder / "notify")
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(self.address)
+        self.socket.settimeout(20)
+        self.states: list[str] = []
+
+    def wait_for(self, state: str) -> str:
+        """Reads notifications until one has this in it, and returns it."""
+        while True:
+            self.states.append(self.socket.recv(4096).decode())
+            if state in self.states[-1]:
+                return self.states[-1]
+
+
+@pytest.fixture
+def systemd(tmp_path: Path) -> Iterator[Systemd]:
+    systemd = Systemd(tmp_path)
+    yield systemd
+    systemd.socket.close()
+
+
+def test_systemd_is_told_ready_status_watchdog_and_stopping(
+    start: Callable[..., Receiver], systemd: Systemd
+) -> None:
+    receiver = start(NOTIFY_SOCKET=systemd.address, WATCHDOG_USEC="1000000")
+    systemd.wait_for("READY=1")
+    receiver.post(track())
+    assert "WATCHDOG=1" in systemd.wait_for("STATUS=1 stored, 0 spooled, MongoDB up")
+    assert receiver.stop() == 0
+    systemd.wait_for("STOPPING=1")
+
+
+def test_a_wedged_committer_stops_the_watchdogs_feed(
+    start: Callable[..., Receiver], systemd: Systemd
+) -> None:
+    wedge = "import sys, time, receiver; receiver.WEDGED_SECONDS = 1; "
+    wedge += "receiver.Storage._commit = lambda *_: time.sleep(60); sys.exit(receiver.main())"
+    receiver = start(
+        NOTIFY_SOCKET=systemd.address,
+        command=(sys.executable, "-c", wedge),
+        PYTHONPATH=str(HERE),
+    )
+    systemd.wait_for("WATCHDOG=1")
+    assert receiver.post(track()).status == 503  # in time, although nobody commits
+    systemd.socket.settimeout(2)
+    with pytest.raises(TimeoutError):
+        while True:
+            systemd.wait_for("WATCHDOG=1")
+
+
+def hold_socket() -> tuple[socket.socket, dict[str, Any]]:
+    """Listens as systemd does; returns options that hand the socket to a receiver as fd 3."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+    number = listener.fileno()
+    code = f"import os, sys; os.dup2({number}, 3); os.environ['LISTEN_FDS'] = '1'; "
+    code += "os.environ['LISTEN_PID'] = str(os.getpid()); "
+    code += f"os.execv(sys.executable, [sys.executable, {str(HERE / 'receiver.py')!r}])"
+    options: dict[str, Any] = {"RECEIVER_PORT": str(listener.getsockname()[1])}
+    options |= {"command": (sys.executable, "-c", code), "pass_fds": (number,)}
+    return listener, options
+
+
+def test_a_restart_under_load_with_the_socket_held_refuses_and_loses_nothing(
+    start: Callable[..., Receiver],
+) -> None:
+    listener, options = hold_socket()
+    receiver = start(**options)
+    load = Load(receiver, keep_alive=False)
+    with load.running():
+        for _ in range(3):
+            load.wait_for_more(200)
+            assert receiver.stop() == 0
+            time.sleep(0.3)  # requests wait in the kernel meanwhile
+            receiver.start(wait=False)
+        load.wait_for_more(200)
+    load.assert_all_stored()
+    assert set(load.statuses) == {200} and load.failures == 0
+    listener.close()
+
+
+def test_systemd_socket_activate(mongod: Mongod, tmp_path: Path) -> None:
+    if not (program := shutil.which("systemd-socket-activate")):
+        pytest.skip("systemd-socket-activate is not installed (package systemd)")
+    port = free_port()
+    names = {"SEGMENT_SHARED_SECRET": SHARED, "MONGODB_URI": mongod.uri}
+    names |= {"MONGODB_DATABASE": f"t{port}", "RECEIVER_DATA_DIR": str(tmp_path)}
+    settings = [f"--setenv={name}={value}" for name, value in names.items()]
+    command = [program, f"--listen=127.0.0.1:{port}", *settings]
+    command += [sys.executable, str(HERE / "receiver.py")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        try:
+            body = json.dumps(track()).encode()
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+            connection.request("POST", "/webhook", body, {"X-Signature": sign(body)})
+            assert connection.getresponse().status == 200
+        finally:
+            process.terminate()
+        assert process.wait(15) == 0
+        assert f"listening on http://127.0.0.1:{port}" in process.stderr.read().decode()
+
+
+def test_the_readmes_units_are_clean_and_hardened(tmp_path: Path) -> None:
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("systemd-analyze is not installed (package systemd)")
+    service = readme_block("ini", "Type=notify")
+    unit = service.replace("/opt/segment-receiver/venv/bin/python", sys.executable)
+    (tmp_path / "segment-receiver.service").write_text(unit)
+    listen = readme_block("ini", "ListenStream")
+    (tmp_path / "segment-receiver.socket").write_text(listen)
+    units = [
+        str(tmp_path / f"segment-receiver.{kind}") for kind in ("service", "socket")
+    ]
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", *units],
+        capture_output=True,
+        check=False,
+        text=True,
+        env=os.environ | {"SYSTEMD_UNIT_PATH": f"{tmp_path}:"},
+    )
+    about_ours = [line for line in done.stderr.splitlines() if "segment" in line]
+    assert (done.returncode, about_ours) == (0, [])
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--threshold=15", units[0]],
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr
+
+
+def test_check_says_what_is_wrong_and_what_to_do(
+    mongod: Mongod, own_mongod: Mongod, tmp_path: Path
+) -> None:
+    environment = {
+        "SEGMENT_SHARED_SECRET": SHARED,
+        "MONGODB_URI": mongod.uri,
+        "MONGODB_DATABASE": "checked",
+        "RECEIVER_DATA_DIR": str(tmp_path / "data"),
+    }
+    good = run("--check", **environment)
+    assert (good.returncode, len(good.stderr.splitlines())) == (0, 1), good.stderr
+    assert "checked" not in mongod.client.list_database_names()
+    assert not list((tmp_path / "data" / "spool").iterdir())
+
+    away = run("--check", **(environment | {"MONGODB_URI": "mongodb://127.0.0.1:1/"}))
+    assert away.returncode == 1 and "check address" in away.stderr
+    unset = run("--check", **(environment | {"SEGMENT_SHARED_SECRET": ""}))
+    assert unset.returncode == 1 and "SEGMENT_SHARED_SECRET is not set" in unset.stderr
+    full = run("--check", "--max-spool-bytes", "100", **environment)
+    assert full.returncode == 1 and "limit of 100 bytes" in full.stderr
+    for code, advice in ((13, "grant"), (18, "password"), (8000, "make room")):
+        failing_inserts(own_mongod, "alwaysOn", errorCode=code)
+        refused = run("--check", **(environment | {"MONGODB_URI": own_mongod.uri}))
+        assert refused.returncode == 1 and advice in refused.stderr
+
+
+class Proxy:
+    """A trivial load balancer: each connection goes to the next receiver that accepts it."""
+
+    def __init__(self, ports: list[int]) -> None:
+        self.ports = ports
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.port: int = self.listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                self.ports = self.ports[1:] + self.ports[:1]
+                for port in self.ports:
+                    with contextlib.suppress(OSError):
+                        server = socket.create_connection(("127.0.0.1", port))
+                        break
+                for pair in ((client, server), (server, client)):
+                    threading.Thread(target=self._copy, args=pair, daemon=True).start()
+
+    @staticmethod
+    def _copy(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+def test_two_receivers_on_one_replica_set_one_killed_under_load(
+    start: Callable[..., Receiver], replica_set: list[Mongod]
+) -> None:
+    wait_until(lambda: primary_of(replica_set), 30)
+    hosts = ",".join(f"127.0.0.1:{node.port}" for node in replica_set)
+    uri = f"mongodb://{hosts}/?replicaSet=rs"
+    one = start(uri=uri)
+    two = start(uri=uri, MONGODB_DATABASE=one.database)
+    proxy = Proxy([one.port, two.port])
+    load = Load(one, port=proxy.port, keep_alive=False)
+    with load.running():
+        load.wait_for_more(200, events=50)
+        one.stop(signal.SIGKILL)
+        load.wait_for_more(200, events=50)
+        one.start()
+        load.wait_for_more(200, events=50)
+    load.assert_all_stored()
+    assert min(one.health()["stored"], two.health()["stored"]) > 0
+    event = track()
+    assert "duplicate" not in one.post(event).json
+    assert two.post(event).json["duplicate"] is True
+    proxy.listener.close()
+
+
+def test_the_readmes_signed_curl(receiver: Receiver) -> None:
+    script = readme_block("sh", "by-hand-1").replace(":8080", f":{receiver.port}")
+    environment = {"SEGMENT_SHARED_SECRET": SHARED, "PATH": os.environ["PATH"]}
+    environment |= {"SEGMENT_PUBLIC_SECRET": "public%2Fsecret+%C3%A4"}
+    for expected in ({}, {"duplicate": True}):
+        done = subprocess.run(
+            ["sh", "-c", script], capture_output=True, check=True, env=environment
+        )
+        assert json.loads(done.stdout) == {"insertedId": "by-hand-1"} | expected
+
+
+def javascript(text: str) -> Any:
+    """Reads an object of the README's mongosh snippets as JSON."""
+    return json.loads(re.sub(r"([{,]\s*)([$\w]+):", r'\1"\2":', text))
+
+
+def test_the_readmes_mongosh_snippets(mongod: Mongod, receiver: Receiver) -> None:
+    database = mongod.client["readme"]
+    events = [
+        track(properties={"itemName": item}) for item in ("Roses", "Roses", "Figs")
+    ]
+    database.events.insert_many(events)
+
+    def argument(words: str, call: str) -> Any:
+        code = readme_block("js", words)
+        begin = code.index(call) + len(call)
+        return javascript(code[begin : code.rindex(")")])
+
+    favourites = argument("$sum: 1 } } },\n  { $sort: { favourites", "aggregate(")
+    found = list(database.events.aggregate(favourites))
+    assert found == [
+        {"_id": "Roses", "favourites": 2},
+        {"_id": "Figs", "favourites": 1},
+    ]
+    days = list(database.events.aggregate(argument("dateTrunc", "aggregate(")))
+    assert [day["events"] for day in days] == [3]
+    for line in readme_block("js", "createIndex").splitlines():
+        keys = javascript(line[line.index("(") + 1 : line.rindex(")")])
+        database.events.create_index(list(keys.items()))
+    capped = argument("createCollection", '"events", ')
+    assert database.create_collection("capped", **capped).options() == capped
+    code = readme_block("js", "createRole")
+    role = javascript(
+        code[code.index("createRole(") + 11 : code.index(")\ndb.createUser")]
+    )
+    name = role.pop("role")
+    mongod.client.admin.command("createRole", name, **role)
+    mongod.client.drop_database("readme")
+
+
+def test_the_readmes_nginx_configuration(tmp_path: Path) -> None:
+    if not (nginx := shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")):
+        pytest.skip("nginx is not installed")
+    key, certificate = tmp_path / "key", tmp_path / "certificate"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=h"]
+        + ["-keyout", str(key), "-out", str(certificate)],
+        check=True,
+        capture_output=True,
+    )
+    server = readme_block("nginx", "server_name")
+    server = server.replace("/etc/ssl/your.host.key", str(key))
+    server = server.replace("/etc/ssl/your.host.crt", str(certificate))
+    (tmp_path / "nginx.conf").write_text(f"events {{}}\nhttp {{\n{server}}}\n")
+    options = ["-t", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")]
+    options += ["-g", f"pid {tmp_path}/pid; error_log stderr;"]
+    done = subprocess.run(
+        [nginx, *options], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readmes_caddyfile(tmp_path: Path) -> None:
+    if not (caddy := shutil.which("caddy")):
+        pytest.skip("caddy is not installed")
+    (tmp_path / "Caddyfile").write_text(readme_block("caddyfile", "reverse_proxy"))
+    validate = [caddy, "validate", "--config", str(tmp_path / "Caddyfile")]
+    done = subprocess.run(
+        [*validate, "--adapter", "caddyfile"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_names_every_setting_and_its_default() -> None:
+    for option in dataclasses.fields(product.Settings):
+        if option.metadata:
+            row = next(
+                line
+                for line in README.splitlines()
+                if line.startswith("| `") and option.metadata["environment"][0] in line
+            )
+            assert "--" + option.name.replace("_", "-") in row
+            assert option.type == "bool" or str(option.default) in row
