@@ -658,6 +658,7 @@ class Storage:
         self._busy_since = [math.inf] * COMMITTERS
         self._spool_numbers = itertools.count()
         self._stopping = threading.Event()
+        self._wake = threading.Event()  # set while MongoDB is down, and to stop
         self._committers = [
             threading.Thread(target=self._commit_forever, args=(number,), daemon=True)
             for number in range(COMMITTERS)
@@ -676,6 +677,7 @@ class Storage:
     def close(self) -> None:
         """Stores or spools what waits, then stops."""
         self._stopping.set()
+        self._wake.set()
         self._queue.put(None)
         for thread in self._committers:
             thread.join(ANSWER_SECONDS)
@@ -834,6 +836,7 @@ class Storage:
     def _went_down(self, error: Exception) -> None:
         with self._lock:
             was_up, self.up = self.up, False
+            self._wake.set()
         if was_up:
             log.warning(
                 "MongoDB cannot take events, they go to %s until it can: %s",
@@ -843,6 +846,7 @@ class Storage:
     def _came_up(self) -> None:
         with self._lock:
             was_up, self.up = self.up, True
+            self._wake.clear()
         if not was_up:
             log.info("MongoDB takes events again")
 
@@ -869,7 +873,8 @@ class Storage:
             if trouble and trouble != last_trouble:
                 log.error("%s", trouble)
             last_trouble = trouble
-            pause = WATCH_SECONDS if self.up else PROBE_SECONDS
+            self._wake.wait(WATCH_SECONDS)
+            pause = PROBE_SECONDS
 
     def _drain(self) -> None:
         """Delivers every file, oldest first. Raises what ``_insert`` raises, OSError."""
@@ -1301,6 +1306,7 @@ class Handler(BaseHTTPRequestHandler):
         allowed = {
             "Access-Control-Allow-Methods": "POST, PUT, PATCH",
             "Access-Control-Allow-Headers": "Content-Type, X-Signature",
+            "Access-Control-Max-Age": "600",
             "Access-Control-Allow-Private-Network": "true",
         }
         return as_json(200, {}, allowed)

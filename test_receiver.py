@@ -7,11 +7,15 @@ own). ``LONG=1`` runs the long versions of the randomised tests.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import hmac
 import http.client
+import http.server
+import inspect
 import json
 import os
 import random
@@ -25,8 +29,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import bson
 import pymongo
@@ -114,14 +120,6 @@ def mongod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mongod]:
     mongod.stop()
 
 
-@pytest.fixture
-def own_mongod(tmp_path: Path) -> Iterator[Mongod]:
-    """A mongod for a test that kills or stops it."""
-    mongod = Mongod(tmp_path / "mongod")
-    yield mongod
-    mongod.stop()
-
-
 class Answer:
     def __init__(self, status: int, headers: Any, payload: bytes) -> None:
         self.status = status
@@ -134,6 +132,11 @@ class Answer:
 
     def __repr__(self) -> str:
         return f"<{self.status} {self.payload[:200]!r}>"
+
+
+@functools.cache
+def client_of(uri: str) -> Any:
+    return pymongo.MongoClient(uri)
 
 
 class Receiver:
@@ -198,9 +201,7 @@ class Receiver:
 
     def events(self) -> Any:
         """Returns the collection, to look into it past the receiver."""
-        options = bson.CodecOptions(document_class=dict)
-        client: Any = pymongo.MongoClient(self.mongodb_uri)
-        return client[self.database].get_collection("events", codec_options=options)
+        return client_of(self.mongodb_uri)[self.database].events
 
     # Requests
 
@@ -286,22 +287,147 @@ def receiver(shared_receiver: Receiver) -> Receiver:
     return shared_receiver
 
 
-@pytest.fixture
-def start(tmp_path: Path, mongod: Mongod) -> Iterator[Callable[..., Receiver]]:
-    """Starts receivers with settings of their own, and stops them after the test."""
-    started: list[Receiver] = []
+# The receiver with less patience, so that these tests take less time, and told by its
+# environment at which step to kill itself once the file "armed" is there.
+IMPATIENT = """
+import os, signal, sys, receiver
+receiver.INSERT_SECONDS = 0.3
+step, moment = os.environ.get("CRASH", " ").split(" ")
+if step:
+    module = os if hasattr(os, step) else receiver.Storage
+    real = getattr(module, step)
+    def crash(*arguments, **options):
+        armed = os.path.exists("armed") and receiver.PROBE not in arguments[-2:][0:1]
+        if armed and moment == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*arguments, **options)
+        if armed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(module, step, crash)
+sys.exit(receiver.main())
+"""
 
-    def start(*arguments: str, uri: str = "", **options: Any) -> Receiver:
-        folder = options.pop("folder", None) or tmp_path / f"receiver{len(started)}"
+
+class Scene:
+    """What a test may ask for by name: receivers and mongods of its own, ended after it."""
+
+    def __init__(self, tmp_path: Path, mongod: Mongod) -> None:
+        self.tmp_path = tmp_path
+        self.mongod = mongod  # shared: not to be harmed
+        self._port = 0
+        self._receivers: list[Receiver] = []
+        self._mongods: list[Mongod] = []
+
+    def start(self, *arguments: str, uri: str = "", **options: Any) -> Receiver:
+        """Starts a receiver; options are environment variables, or those of Receiver."""
+        folder = options.pop("folder", None)
+        folder = folder or self.tmp_path / f"receiver{len(self._receivers)}"
         folder.mkdir(exist_ok=True)
-        started.append(Receiver(folder, uri or mongod.uri, *arguments, **options))
-        return started[-1]
+        uri = uri or self.mongod.uri
+        self._receivers.append(Receiver(folder, uri, *arguments, **options))
+        return self._receivers[-1]
 
-    yield start
-    for receiver in started:
-        if receiver.process.poll() is None:
-            receiver.process.kill()
-            receiver.process.wait()
+    def without_mongodb(self, *arguments: str, **options: Any) -> Receiver:
+        """Starts an impatient receiver whose MongoDB is not there."""
+        self._port = self._port or free_port()
+        options = {"command": (sys.executable, "-c", IMPATIENT)} | options
+        uri = f"mongodb://127.0.0.1:{self._port}/"
+        return self.start(*arguments, uri=uri, PYTHONPATH=str(HERE), **options)
+
+    @functools.cached_property
+    def own_mongod(self) -> Mongod:
+        """A mongod that may be killed."""
+        self._mongods.append(Mongod(self.tmp_path / "mongod"))
+        return self._mongods[-1]
+
+    @functools.cached_property
+    def replica_set(self) -> list[Mongod]:
+        """Three mongods that are one replica set."""
+        for number in range(3):
+            folder = self.tmp_path / f"node{number}"
+            arguments = ("--replSet", "rs", "--oplogSize", "64")
+            self._mongods.append(Mongod(folder, *arguments, ready=False))
+        nodes = self._mongods[-3:]
+        hosts = [{"_id": n, "host": f"127.0.0.1:{m.port}"} for n, m in enumerate(nodes)]
+        # A second to miss a primary, as much to elect one: quick, for the tests.
+        quick = {"electionTimeoutMillis": 1000, "heartbeatIntervalMillis": 200}
+        config = {"_id": "rs", "members": hosts, "settings": quick}
+        nodes[0].client.admin.command("replSetInitiate", config)
+        return nodes
+
+    def end(self) -> None:
+        for receiver in self._receivers:
+            if receiver.process.poll() is None:
+                receiver.process.kill()
+                receiver.process.wait()
+        for mongod in self._mongods:
+            mongod.stop()
+
+    def play(self, test: Callable[..., None], parameters: dict[str, Any]) -> None:
+        """Calls a test with its parameters and what else it asks for by name."""
+        names = inspect.signature(test).parameters.keys() - parameters.keys()
+        try:
+            test(**parameters, **{name: getattr(self, name) for name in names})
+        finally:
+            self.end()
+
+
+@pytest.fixture
+def scene(tmp_path: Path, mongod: Mongod) -> Iterator[Scene]:
+    scene = Scene(tmp_path, mongod)
+    yield scene
+    scene.end()
+
+
+@pytest.fixture
+def start(scene: Scene) -> Callable[..., Receiver]:
+    return scene.start
+
+
+@pytest.fixture
+def own_mongod(scene: Scene) -> Mongod:
+    return scene.own_mongod
+
+
+def concurrently(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that mostly waits for processes: these run side by side.
+
+    The first one starts all that were selected, and each waits for its own result.
+    """
+
+    def wait(request: pytest.FixtureRequest, **_: Any) -> None:
+        request.getfixturevalue("scenes")[request.node.nodeid].result()
+
+    parameters = inspect.signature(test).parameters.values()
+    own = [parameter for parameter in parameters if not hasattr(Scene, parameter.name)]
+    own = [
+        parameter for parameter in own if parameter.name not in ("tmp_path", "mongod")
+    ]
+    request = inspect.Parameter("request", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    wait.__signature__ = inspect.Signature([request, *own])  # type: ignore[attr-defined]
+    wait.test = test  # type: ignore[attr-defined]
+    wait.__doc__ = test.__doc__
+    return wait
+
+
+@pytest.fixture(scope="session")
+def scenes(
+    request: pytest.FixtureRequest,
+    mongod: Mongod,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[str, Future[None]]]:
+    with ThreadPoolExecutor(4) as pool:
+        futures = {}
+        for item in request.session.items:
+            if test := getattr(getattr(item, "function", None), "test", None):
+                scene = Scene(tmp_path_factory.mktemp("scene"), mongod)
+                call = getattr(item, "callspec", None)
+                parameters = dict(call.params) if call else {}
+                futures[item.nodeid] = pool.submit(scene.play, test, parameters)
+        yield futures
+        for future in futures.values():
+            future.cancel()
 
 
 # --- Settings -----------------------------------------------------------------------------------
@@ -490,6 +616,7 @@ def test_first_run_prints_a_curl_that_stores_an_event(
         (f"{HERE}/README.md", "cannot start"),
     ],
 )
+@concurrently
 def test_without_a_mongod_it_says_so_and_runs_on_the_spool(
     binary: str, said: str, start: Callable[..., Receiver]
 ) -> None:
@@ -941,6 +1068,7 @@ def test_a_duplicate_on_another_index_is_rejected_not_taken_for_stored(
     assert len(kept(receiver)) == 1
 
 
+@concurrently
 def test_one_poisonous_event_does_not_fail_its_neighbours(
     start: Callable[..., Receiver], own_mongod: Mongod
 ) -> None:
@@ -953,7 +1081,7 @@ def test_one_poisonous_event_does_not_fail_its_neighbours(
     for poison in poisons:
         bodies = [json.dumps(track()).encode() for _ in range(31)] + [poison]
         own_mongod.process.send_signal(signal.SIGSTOP)  # so that all of them gather
-        timer = threading.Timer(0.5, own_mongod.process.send_signal, [signal.SIGCONT])
+        timer = threading.Timer(0.25, own_mongod.process.send_signal, [signal.SIGCONT])
         timer.start()
         answers = together(*[lambda body=body: receiver.post(body) for body in bodies])
         assert [answer.status for answer in answers] == [200] * 31 + [422]
@@ -991,6 +1119,7 @@ def test_a_command_that_fails_for_one_document_is_split(
         ("?journal=false&w=1", {"w": 1, "j": False}),
     ],
 )
+@concurrently
 def test_the_write_concern_is_majority_and_journaled_unless_the_uri_differs(
     start: Callable[..., Receiver],
     own_mongod: Mongod,
@@ -1007,6 +1136,7 @@ def test_the_write_concern_is_majority_and_journaled_unless_the_uri_differs(
     assert insert["command"]["writeConcern"] == concern
 
 
+@concurrently
 def test_a_role_that_may_only_insert_is_enough(
     tmp_path: Path, start: Callable[..., Receiver]
 ) -> None:
@@ -1130,6 +1260,7 @@ def test_a_terminal_shows_each_event_with_control_characters_escaped(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@concurrently
 def test_a_signal_finishes_the_requests_in_hand(
     start: Callable[..., Receiver], own_mongod: Mongod, number: int
 ) -> None:
@@ -1156,28 +1287,6 @@ def test_a_signal_finishes_the_requests_in_hand(
 
 
 # --- Guarantees: nothing acknowledged is lost ---------------------------------------------------
-
-
-# The receiver with less patience, so that these tests take less time, and told by its
-# environment at which step to kill itself once the file "armed" is there.
-IMPATIENT = """
-import os, signal, sys, receiver
-receiver.INSERT_SECONDS = 0.3
-step, moment = os.environ.get("CRASH", " ").split(" ")
-if step:
-    module = os if hasattr(os, step) else receiver.Storage
-    real = getattr(module, step)
-    def crash(*arguments, **options):
-        armed = os.path.exists("armed") and receiver.PROBE not in arguments[-2:][0:1]
-        if armed and moment == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = real(*arguments, **options)
-        if armed:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    setattr(module, step, crash)
-sys.exit(receiver.main())
-"""
 
 
 class Load:
@@ -1265,6 +1374,7 @@ class Load:
 ROUNDS = 20 if LONG else 4
 
 
+@concurrently
 def test_the_receiver_is_killed_under_load(start: Callable[..., Receiver]) -> None:
     rng = random.Random(1)
     receiver = start()
@@ -1278,6 +1388,7 @@ def test_the_receiver_is_killed_under_load(start: Callable[..., Receiver]) -> No
     load.assert_all_stored()
 
 
+@concurrently
 def test_the_receiver_is_killed_under_load_while_it_spools(
     start: Callable[..., Receiver], own_mongod: Mongod
 ) -> None:
@@ -1302,6 +1413,7 @@ def test_the_receiver_is_killed_under_load_while_it_spools(
     load.assert_all_stored()
 
 
+@concurrently
 def test_mongod_is_killed_under_load(
     start: Callable[..., Receiver], own_mongod: Mongod
 ) -> None:
@@ -1320,6 +1432,7 @@ def test_mongod_is_killed_under_load(
     assert receiver.health()["mongodb"] == "up"
 
 
+@concurrently
 def test_mongod_hangs_under_load(
     start: Callable[..., Receiver], own_mongod: Mongod
 ) -> None:
@@ -1339,6 +1452,7 @@ def test_mongod_hangs_under_load(
     load.assert_all_stored()
 
 
+@concurrently
 def test_mongod_is_absent_and_started_afterwards(
     start: Callable[..., Receiver], tmp_path: Path
 ) -> None:
@@ -1362,23 +1476,6 @@ def test_mongod_is_absent_and_started_afterwards(
         mongod.stop()
 
 
-@pytest.fixture
-def replica_set(tmp_path: Path) -> Iterator[list[Mongod]]:
-    names = [f"node{number}" for number in range(3)]
-    nodes = [
-        Mongod(tmp_path / name, "--replSet", "rs", "--oplogSize", "64", ready=False)
-        for name in names
-    ]
-    hosts = [{"_id": n, "host": f"127.0.0.1:{m.port}"} for n, m in enumerate(nodes)]
-    # A second to notice a dead primary, as much again to elect one: quick, for the tests.
-    quick = {"electionTimeoutMillis": 1000, "heartbeatIntervalMillis": 200}
-    config = {"_id": "rs", "members": hosts, "settings": quick}
-    nodes[0].client.admin.command("replSetInitiate", config)
-    yield nodes
-    for node in nodes:
-        node.stop()
-
-
 def primary_of(nodes: list[Mongod]) -> Mongod | None:
     for node in nodes:
         with contextlib.suppress(pymongo.errors.PyMongoError), pymongo.timeout(1):
@@ -1388,6 +1485,7 @@ def primary_of(nodes: list[Mongod]) -> Mongod | None:
     return None
 
 
+@concurrently
 def test_a_replica_sets_primary_is_killed_and_stepped_down_under_load(
     start: Callable[..., Receiver], replica_set: list[Mongod]
 ) -> None:
@@ -1438,27 +1536,14 @@ OUTAGES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def fragile(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[Receiver, Mongod]]:
-    """A receiver and a mongod that is told to fail."""
-    mongod = Mongod(tmp_path_factory.mktemp("fragile"))
-    receiver = Receiver(tmp_path_factory.mktemp("receiver"), mongod.uri)
-    yield receiver, mongod
-    assert receiver.stop() == 0
-    mongod.stop()
-
-
 @pytest.mark.parametrize("outage", OUTAGES)
+@concurrently
 def test_an_outage_spools_and_never_rejects(
-    fragile: tuple[Receiver, Mongod], outage: str
+    start: Callable[..., Receiver], own_mongod: Mongod, outage: str
 ) -> None:
-    receiver, mongod = fragile
-    wait_until(lambda: receiver.post(track()).status == 200)
-    warnings = receiver.log.count("cannot take events")
-    before = receiver.events().count_documents({})
-    failing_inserts(mongod, "alwaysOn", **OUTAGES[outage])
+    receiver = start(uri=own_mongod.uri)
+    assert receiver.post(track()).status == 200
+    failing_inserts(own_mongod, "alwaysOn", **OUTAGES[outage])
     try:
         for _ in range(3):
             answer = receiver.post(track())
@@ -1471,13 +1556,14 @@ def test_an_outage_spools_and_never_rejects(
         batch = receiver.post([track(), track(), {"a\0": 1}])
         assert (batch.status, batch.json) == (202, {"spooled": 2, "rejected": 1})
     finally:
-        failing_inserts(mongod, "off")
+        failing_inserts(own_mongod, "off")
     wait_until(lambda: receiver.health()["mongodb"] == "up")
     wait_until(lambda: receiver.health()["spool_files"] == 0)
-    assert receiver.events().count_documents({}) == before + 5
-    assert receiver.log.count("cannot take events") == warnings + 1
+    assert receiver.events().count_documents({}) == 6
+    assert receiver.log.count("cannot take events") == 1
 
 
+@concurrently
 def test_wrong_credentials_are_an_outage(
     start: Callable[..., Receiver], tmp_path: Path
 ) -> None:
@@ -1497,19 +1583,6 @@ def test_wrong_credentials_are_an_outage(
 # --- The spool ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def without_mongodb(start: Callable[..., Receiver]) -> Callable[..., Receiver]:
-    """Starts receivers whose MongoDB is not there."""
-    port = free_port()
-
-    def without_mongodb(*arguments: str, **options: Any) -> Receiver:
-        options = {"command": (sys.executable, "-c", IMPATIENT)} | options
-        uri = f"mongodb://127.0.0.1:{port}/"
-        return start(*arguments, uri=uri, PYTHONPATH=str(HERE), **options)
-
-    return without_mongodb
-
-
 def come_back(receiver: Receiver, mongod: Mongod) -> None:
     """Restarts the receiver with a MongoDB that is there, and waits for an empty spool."""
     receiver.stop()
@@ -1518,6 +1591,7 @@ def come_back(receiver: Receiver, mongod: Mongod) -> None:
     wait_until(lambda: receiver.health()["spool_files"] == 0)
 
 
+@concurrently
 def test_a_spool_file_is_a_dump_of_the_documents(
     without_mongodb: Callable[..., Receiver],
 ) -> None:
@@ -1532,6 +1606,7 @@ def test_a_spool_file_is_a_dump_of_the_documents(
     assert receiver.health()["spooled"] == 20 and receiver.health()["spool_files"] == 1
 
 
+@concurrently
 def test_never_two_receivers_in_one_spool(
     start: Callable[..., Receiver], without_mongodb: Callable[..., Receiver]
 ) -> None:
@@ -1544,6 +1619,7 @@ def test_never_two_receivers_in_one_spool(
     receiver.start()  # the lock of a killed receiver holds nobody up
 
 
+@concurrently
 def test_torn_empty_and_foreign_files_are_set_aside_and_the_rest_delivered(
     without_mongodb: Callable[..., Receiver], mongod: Mongod
 ) -> None:
@@ -1575,6 +1651,7 @@ def test_torn_empty_and_foreign_files_are_set_aside_and_the_rest_delivered(
     assert receiver.health()["rejected"] == 1
 
 
+@concurrently
 def test_past_its_limit_the_spool_answers_503_until_it_is_delivered(
     without_mongodb: Callable[..., Receiver], mongod: Mongod
 ) -> None:
@@ -1592,6 +1669,7 @@ def test_past_its_limit_the_spool_answers_503_until_it_is_delivered(
     assert receiver.events().count_documents({}) == 3
 
 
+@concurrently
 def test_without_room_on_the_disk_the_answer_is_503_and_then_it_goes_on(
     without_mongodb: Callable[..., Receiver], mongod: Mongod, tmp_path: Path
 ) -> None:
@@ -1626,6 +1704,7 @@ def test_without_room_on_the_disk_the_answer_is_503_and_then_it_goes_on(
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("step", ["open", "fsync", "replace"])
+@concurrently
 def test_a_crash_at_each_step_of_a_spool_write(
     without_mongodb: Callable[..., Receiver], mongod: Mongod, step: str, moment: str
 ) -> None:
@@ -1648,6 +1727,7 @@ def test_a_crash_at_each_step_of_a_spool_write(
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("step", ["_insert", "unlink"])
+@concurrently
 def test_a_crash_at_each_step_of_a_drain(
     without_mongodb: Callable[..., Receiver], mongod: Mongod, step: str, moment: str
 ) -> None:
@@ -1666,6 +1746,7 @@ def test_a_crash_at_each_step_of_a_drain(
     assert list(stored.values()) == events
 
 
+@concurrently
 def test_new_events_do_not_wait_for_the_backlog(
     without_mongodb: Callable[..., Receiver], mongod: Mongod
 ) -> None:
@@ -1688,6 +1769,7 @@ def test_new_events_do_not_wait_for_the_backlog(
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+@concurrently
 def test_stopping_while_mongodb_is_away_spools_what_is_in_flight(
     start: Callable[..., Receiver], own_mongod: Mongod, number: int
 ) -> None:
@@ -1711,6 +1793,7 @@ def test_stopping_while_mongodb_is_away_spools_what_is_in_flight(
     wait_until(lambda: receiver.events().find_one({"_id": event["messageId"]}))
 
 
+@concurrently
 def test_too_many_events_in_flight_are_503(
     start: Callable[..., Receiver], own_mongod: Mongod
 ) -> None:
@@ -1758,16 +1841,11 @@ class Systemd:
                 return self.states[-1]
 
 
-@pytest.fixture
-def systemd(tmp_path: Path) -> Iterator[Systemd]:
-    systemd = Systemd(tmp_path)
-    yield systemd
-    systemd.socket.close()
-
-
+@concurrently
 def test_systemd_is_told_ready_status_watchdog_and_stopping(
-    start: Callable[..., Receiver], systemd: Systemd
+    start: Callable[..., Receiver], tmp_path: Path
 ) -> None:
+    systemd = Systemd(tmp_path)
     receiver = start(NOTIFY_SOCKET=systemd.address, WATCHDOG_USEC="1000000")
     systemd.wait_for("READY=1")
     receiver.post(track())
@@ -1776,10 +1854,13 @@ def test_systemd_is_told_ready_status_watchdog_and_stopping(
     systemd.wait_for("STOPPING=1")
 
 
+@concurrently
 def test_a_wedged_committer_stops_the_watchdogs_feed(
-    start: Callable[..., Receiver], systemd: Systemd
+    start: Callable[..., Receiver], tmp_path: Path
 ) -> None:
+    systemd = Systemd(tmp_path)
     wedge = "import sys, time, receiver; receiver.WEDGED_SECONDS = 1; "
+    wedge += "receiver.ANSWER_SECONDS = 1; "
     wedge += "receiver.Storage._commit = lambda *_: time.sleep(60); sys.exit(receiver.main())"
     receiver = start(
         NOTIFY_SOCKET=systemd.address,
@@ -1806,6 +1887,7 @@ def hold_socket() -> tuple[socket.socket, dict[str, Any]]:
     return listener, options
 
 
+@concurrently
 def test_a_restart_under_load_with_the_socket_held_refuses_and_loses_nothing(
     start: Callable[..., Receiver],
 ) -> None:
@@ -1824,6 +1906,7 @@ def test_a_restart_under_load_with_the_socket_held_refuses_and_loses_nothing(
     listener.close()
 
 
+@concurrently
 def test_systemd_socket_activate(mongod: Mongod, tmp_path: Path) -> None:
     if not (program := shutil.which("systemd-socket-activate")):
         pytest.skip("systemd-socket-activate is not installed (package systemd)")
@@ -1875,6 +1958,7 @@ def test_the_readmes_units_are_clean_and_hardened(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-500:] + done.stderr
 
 
+@concurrently
 def test_check_says_what_is_wrong_and_what_to_do(
     mongod: Mongod, own_mongod: Mongod, tmp_path: Path
 ) -> None:
@@ -1932,6 +2016,7 @@ class Proxy:
                 end.shutdown(socket.SHUT_RDWR)
 
 
+@concurrently
 def test_two_receivers_on_one_replica_set_one_killed_under_load(
     start: Callable[..., Receiver], replica_set: list[Mongod]
 ) -> None:
@@ -2052,3 +2137,743 @@ def test_the_readme_names_every_setting_and_its_default() -> None:
             )
             assert "--" + option.name.replace("_", "-") in row
             assert option.type == "bool" or str(option.default) in row
+
+
+# --- demo.html in a real browser ------------------------------------------------------------------
+# Chromium, driven by W3C WebDriver (https://www.w3.org/TR/webdriver2/), which is JSON over HTTP.
+# CI installs chromium-driver, and @segment/analytics-next and axe-core into $NODE_MODULES.
+
+ELEMENT_KEY = "element-6066-11e4-a52e-4f735466cecf"  # WebDriver, section 12.1
+DEMO_PAGE = HERE / "demo.html"
+NASTY = "</script><script>window.hacked = 1</script><img src=x onerror='hacked=1'> \"A\" & 'b' 🌹 é"
+
+
+class Element:
+    """An element of the page, as one session of WebDriver names it."""
+
+    def __init__(self, browser: Browser, reference: str) -> None:
+        self.browser = browser
+        self.reference = reference
+
+    def click(self) -> None:
+        """Scrolls there and clicks; that fails if something else covers the element."""
+        here = {ELEMENT_KEY: self.reference}
+        self.browser.script("arguments[0].scrollIntoView({ block: 'center' })", here)
+        self.browser.send("POST", f"element/{self.reference}/click", {})
+
+    def type(self, text: str) -> None:
+        """Types key by key, in place of what is in the field."""
+        self.browser.send("POST", f"element/{self.reference}/clear", {})
+        self.keys(text)
+
+    def keys(self, text: str) -> None:
+        self.browser.send("POST", f"element/{self.reference}/value", {"text": text})
+
+    @property
+    def text(self) -> str:
+        """The text as it is rendered."""
+        return self.browser.send("GET", f"element/{self.reference}/text")
+
+
+class Browser:
+    """A session of WebDriver: a Chromium with a fresh profile, and its current tab."""
+
+    def __init__(self, driver: str, profile: Path) -> None:
+        self.driver = driver
+        options = {
+            "binary": shutil.which("chromium"),
+            "args": [
+                *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
+                *("--disable-background-networking", "--disable-component-update"),
+                *("--disable-sync", "--lang=en", f"--user-data-dir={profile}"),
+                "--window-size=1280,900",
+            ],
+        }
+        self.path = "/session"
+        capabilities = {
+            "browserName": "chrome",
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL"},
+        }
+        session = self.send("POST", "", {"capabilities": {"alwaysMatch": capabilities}})
+        self.path = f"/session/{session['sessionId']}"
+
+    def send(self, method: str, command: str, parameters: Any = None) -> Any:
+        """Sends one command and returns its value; an error answer fails the test."""
+        connection = http.client.HTTPConnection(self.driver, timeout=60)
+        with contextlib.closing(connection):
+            target = f"{self.path}/{command}" if command else self.path
+            body = None if parameters is None else json.dumps(parameters)
+            connection.request(method, target, body)
+            response = connection.getresponse()
+            value = json.loads(response.read())["value"]
+        assert response.status == 200, f"{method} {command}: {value}"
+        return value
+
+    def open(self, url: str) -> None:
+        """Loads a page; a new fragment alone would not load it again."""
+        self.send("POST", "url", {"url": "about:blank"})
+        self.send("POST", "url", {"url": url})
+
+    @property
+    def url(self) -> str:
+        return self.send("GET", "url")
+
+    def script(self, body: str, *arguments: Any) -> Any:
+        """Runs the body of a JavaScript function and returns what it returns or resolves to."""
+        return self.send("POST", "execute/sync", {"script": body, "args": arguments})
+
+    def all(self, selector: str) -> list[Element]:
+        using = {"using": "css selector", "value": selector}
+        found = self.send("POST", "elements", using)
+        return [Element(self, reference[ELEMENT_KEY]) for reference in found]
+
+    def find(self, selector: str) -> Element:
+        return wait_until(lambda: self.all(selector))[0]
+
+    def content(self, selector: str) -> str:
+        """The text content of the first match, "" if there is none; rendered or not."""
+        element = "document.querySelector(arguments[0])"
+        return self.script(f"return {element}?.textContent ?? ''", selector)
+
+    def click(self, selector: str) -> None:
+        self.find(selector).click()
+
+    def fill(self, selector: str, text: str) -> None:
+        """Sets a field to any text: ChromeDriver types only the Basic Multilingual Plane."""
+        self.find(selector)
+        self.script(
+            "const field = document.querySelector(arguments[0]);"
+            "field.value = arguments[1];"
+            "field.dispatchEvent(new Event('change', { bubbles: true }));",
+            selector,
+            text,
+        )
+
+    def wait_for(self, text: str, selector: str = "#status") -> str:
+        """Waits until the text is in an element, and returns all that is in it."""
+        deadline = time.monotonic() + 15
+        while text not in (content := self.content(selector)):
+            assert time.monotonic() < deadline, f"{selector} says {content!r}"
+            time.sleep(0.02)
+        return content
+
+    def devtools(self, command: str, **parameters: Any) -> Any:
+        what = {"cmd": command, "params": parameters}
+        return self.send("POST", "goog/cdp/execute", what)
+
+    def show_as(self, width: int, scheme: str) -> None:
+        """Emulates a screen of that width, and a system set to "dark" or "light"."""
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1}
+        self.devtools("Emulation.setDeviceMetricsOverride", mobile=False, **metrics)
+        features = [
+            {"name": "prefers-color-scheme", "value": scheme},
+            {"name": "prefers-reduced-motion", "value": "reduce"},
+        ]
+        self.devtools("Emulation.setEmulatedMedia", features=features)
+
+    def errors(self) -> list[str]:
+        """Takes the errors out of the console: of scripts, and of requests that failed."""
+        entries = self.send("POST", "se/log", {"type": "browser"})
+        return [e["message"] for e in entries if e["level"] in ("SEVERE", "WARNING")]
+
+    # The demo page
+
+    def step(self, name: str, block: str = "pre") -> str:
+        """The text of a step of the newest entry."""
+        return self.content(f".entry:first-child .step-{name} {block}")
+
+    def outcome(self, text: str) -> str:
+        """Waits until the newest entry says that, and returns all that the bar says."""
+        self.wait_for(text, ".entry:first-child .outcome")
+        return self.content("#status")
+
+    def favorite(self, item: str) -> None:
+        self.click(f'.btn[data-item-name="{item}"]')
+
+    def connect(self, receiver: Receiver, shared: str = SHARED) -> None:
+        """Opens the page from the receiver, and fills in what the link would have brought."""
+        self.open(f"http://127.0.0.1:{receiver.port}/")
+        self.fill("#shared", shared)
+        self.fill("#public", PUBLIC)
+
+
+@pytest.fixture(scope="session")
+def chromedriver() -> Iterator[str]:
+    """The address of a running chromedriver."""
+    for program in ("chromium", "chromedriver"):
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not installed")
+    port = free_port()
+    log = subprocess.DEVNULL
+    process = subprocess.Popen(["chromedriver", f"--port={port}"], stdout=log)
+
+    def answers() -> bool:
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port)).close()
+            return True
+        return False
+
+    wait_until(answers)
+    yield f"127.0.0.1:{port}"
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture(scope="session")
+def chromium(
+    chromedriver: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Browser]:
+    """The Chromium that tests share: to start one takes as long as a test."""
+    browser = Browser(chromedriver, tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.send("DELETE", "")
+
+
+@pytest.fixture
+def browser(chromium: Browser, start: Callable[..., Receiver]) -> Iterator[Browser]:
+    """A new tab, with nothing stored: a receiver's port, new for each test, is a new origin.
+
+    It asks for ``start`` so that receivers stop after it: the page may still be reading back.
+    Whatever a test expects in the console, it takes out with ``errors``.
+    """
+    [first] = chromium.send("GET", "window/handles")
+    chromium.open(DEMO_PAGE.as_uri())
+    chromium.script("localStorage.clear(); sessionStorage.clear()")
+    chromium.open("about:blank")
+    chromium.errors()
+    tab = chromium.send("POST", "window/new", {"type": "tab"})
+    chromium.send("POST", "window", {"handle": tab["handle"]})
+    try:
+        yield chromium
+        assert chromium.errors() == []
+        assert chromium.script("return window.hacked ?? null") is None
+    finally:
+        for handle in chromium.send("GET", "window/handles"):
+            if handle != first:
+                chromium.send("POST", "window", {"handle": handle})
+                chromium.send("DELETE", "window")
+        chromium.send("POST", "window", {"handle": first})
+
+
+@pytest.fixture
+def demo(start: Callable[..., Receiver]) -> Receiver:
+    return start("--demo")
+
+
+def node_module(path: str) -> Path:
+    """Returns a file of an npm package; skips where the packages are not installed."""
+    folder = os.environ.get("NODE_MODULES")
+    if not folder:
+        pytest.skip("NODE_MODULES is not set to the folder of the npm packages")
+    return Path(folder, path)
+
+
+def only_event(receiver: Receiver, **query: Any) -> Any:
+    """Waits for an event, and returns it if it is the only one like that."""
+    wait_until(lambda: receiver.events().count_documents(query))
+    [event] = receiver.events().find(query)
+    return event
+
+
+class Segment(http.server.ThreadingHTTPServer):
+    """Stands in for Segment: a CDN with the real analytics.js, an API, and the delivery."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", free_port()), SegmentHandler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.cdn_answers = threading.Event()
+        self.cdn_answers.set()
+        self.deliver: Callable[[bytes], Any] = lambda body: None
+        self.received: list[Any] = []
+
+
+class SegmentHandler(http.server.BaseHTTPRequestHandler):
+    server: Segment
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def answer(self, payload: bytes, media_type: str = "application/json") -> None:
+        self.send_response(200 if payload else 404)
+        self.send_header("Content-Type", media_type)
+        self.send_header("Content-Length", str(len(payload)))
+        self.send_header("Access-Control-Allow-Origin", "*")
+        self.send_header("Access-Control-Allow-Headers", "*, Authorization")
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def do_OPTIONS(self) -> None:
+        self.answer(b"{}")
+
+    def do_GET(self) -> None:
+        script = "text/javascript"
+        if self.path == "/analytics.js/v1/WRITEKEY/analytics.min.js":
+            self.server.cdn_answers.wait(30)
+            self.answer(bundle("standalone.js").read_bytes(), script)
+        elif self.path.startswith("/analytics-next/bundles/"):
+            name = self.path.rpartition("/")[2]
+            self.answer(bundle(name).read_bytes(), script)
+        elif self.path == "/v1/projects/WRITEKEY/settings":
+            settings = {"integrations": {"Segment.io": {"apiKey": "WRITEKEY"}}}
+            self.answer(json.dumps(settings).encode())
+        else:
+            self.answer(b"")
+
+    def do_POST(self) -> None:
+        """Segment's API: it completes the event and delivers it, signed."""
+        event = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.answer(b'{"success": true}')
+        if "writeKey" in event:
+            self.server.received.append(event)
+            now = {"receivedAt": "2026-11-23T12:00:00.000Z"}
+            event = {k: v for k, v in event.items() if k != "writeKey"} | now
+            text = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+            self.server.deliver(text.encode())
+
+
+def bundle(name: str) -> Path:
+    return node_module(f"@segment/analytics-next/dist/umd/{name}")
+
+
+@pytest.fixture
+def segment() -> Iterator[Segment]:
+    segment = Segment()
+    threading.Thread(target=segment.serve_forever, args=(0.05,), daemon=True).start()
+    yield segment
+    segment.cdn_answers.set()
+    segment.shutdown()
+    segment.server_close()
+
+
+@pytest.mark.parametrize("opened", ["from the receiver", "as a file"])
+def test_demo_click_becomes_document(
+    browser: Browser, start: Callable[..., Receiver], opened: str
+) -> None:
+    receiver = start(SEGMENT_SHARED_SECRET="", SEGMENT_PUBLIC_SECRET="")
+    found = wait_until(lambda: re.search(r"http\S+/#\S+", receiver.log))
+    link, shared = found[0], re.search("shared=([^&]+)", found[0])[1]
+    if opened == "as a file":
+        # A double click; then the link is pasted into the field of the webhook's URL.
+        browser.open(DEMO_PAGE.as_uri())
+        browser.favorite("Tulips")
+        browser.wait_for("shared secret is missing")
+        browser.find("#endpoint").type(link + "\t")
+        assert browser.url == DEMO_PAGE.as_uri()
+    else:
+        browser.open(link)
+        assert browser.url == f"http://127.0.0.1:{receiver.port}/"
+    assert browser.script("return history.length") <= 3  # no entry with the secrets
+    browser.favorite("Tulips")
+    browser.outcome("200 Stored")
+
+    event = only_event(receiver)
+    assert event["type"] == "track"
+    assert event["event"] == "Favorited"
+    assert event["properties"] == {"itemName": "Tulips"}
+    assert event["_id"] == event["messageId"]
+    assert re.fullmatch("[0-9a-f-]{36}", event["anonymousId"])
+    context = event["context"]
+    assert context["page"]["title"] == browser.script("return document.title")
+    assert context["page"]["url"] == browser.url  # without the fragment
+    assert context["userAgent"] == browser.script("return navigator.userAgent")
+    assert context["locale"] and context["timezone"] and context["library"]["name"]
+    assert event["integrations"] == {}
+    for name in ("timestamp", "originalTimestamp", "sentAt", "receivedAt"):
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]{8}\.\d{3}Z", event[name])
+
+    browser.wait_for("The same as the body", ".step-document .verdict")
+    code = 'const itemName = "Tulips";\nanalytics.track("Favorited", { itemName });'
+    assert browser.step("code") == code
+    body = browser.step("body", ".exact")
+    assert json.loads(body) | {"_id": event["_id"]} == event
+    assert json.loads(browser.step("body")) == json.loads(body)
+    signature = browser.step("signature")
+    assert f"X-Signature: {sign(body.encode(), shared)}" in signature
+    assert browser.step("answer") == f'200 {{"insertedId": "{event["_id"]}"}}'
+    assert json.loads(browser.step("document")) == event
+    # The secrets are on the page in their fields alone, and stored for the tab alone.
+    public = re.search("public=(.+)", link)[1]
+    for secret in (shared, public):
+        assert secret not in browser.script("return document.documentElement.outerHTML")
+        assert secret not in browser.script("return JSON.stringify(localStorage)")
+        assert secret in browser.script("return JSON.stringify(sessionStorage)")
+
+
+def test_demo_is_one_small_file(browser: Browser, demo: Receiver) -> None:
+    page = DEMO_PAGE.read_text("utf-8")
+    assert len(page.encode()) < 60_000
+    for danger in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write"):
+        assert danger not in page
+    assert "eval(" not in page
+    browser.connect(demo)
+    browser.favorite("Roses")
+    browser.outcome("200 Stored")
+    loaded = browser.script(
+        "return performance.getEntriesByType('resource').map(({ name }) => name)"
+    )
+    assert {urlsplit(url).netloc for url in loaded} == {f"127.0.0.1:{demo.port}"}
+
+
+def test_demo_every_call(browser: Browser, demo: Receiver) -> None:
+    browser.connect(demo)
+
+    def send(call: str) -> Any:
+        """Presses a form's button; returns the event that is stored next, and its type."""
+        ids = {event["_id"] for event in demo.events().find()}
+        browser.click(f"form[data-call={call}] button")
+        new = wait_until(lambda: list(demo.events().find({"_id": {"$nin": [*ids]}})))
+        browser.outcome("200 Stored")
+        assert [event["type"] for event in new] == [call]
+        assert f"analytics.{call}(" in browser.step("code")
+        return new[0]
+
+    page = send("page")
+    assert page["name"] == page["properties"]["name"] == "Flower shop"
+    assert page["properties"]["url"] == browser.url
+    assert "userId" not in page
+    screen = send("screen")
+    assert screen["name"] == "Basket"
+    assert screen["anonymousId"] == page["anonymousId"]
+    browser.find("form[data-call=identify] [name=userId]").type("ada")
+    browser.find("form[data-call=identify] [name=name]").type("Ada L.")
+    identify = send("identify")
+    assert identify["userId"] == "ada"
+    assert identify["traits"] == {"name": "Ada L.", "email": "ada@example.com"}
+    group = send("group")
+    assert group["userId"] == "ada"  # as identified
+    assert group["groupId"] == "0e8c78ea9d97a7b8185e8632"
+    assert group["traits"] == {"name": "Analytical Engines Ltd"}
+    alias = send("alias")
+    assert alias["userId"] == "ada@example.com"
+    assert alias["previousId"] == "ada"
+    browser.find("form[data-call=track] [name=event]").type("Bought")
+    browser.fill("[name=properties]", '{"total": 27.5, "items": [{"sku": null}]}')
+    bought = send("track")
+    assert bought["event"] == "Bought"
+    assert bought["properties"] == {"total": 27.5, "items": [{"sku": None}]}
+    assert bought["userId"] == "ada@example.com"
+
+    for typed in ("{total: 27.5}", "[1]"):
+        browser.fill("[name=properties]", typed)
+        browser.click("form[data-call=track] button")
+        browser.wait_for("The properties are not a JSON object")
+    assert demo.events().count_documents({}) == 6
+
+
+def test_demo_nasty_names_stay_text(browser: Browser, demo: Receiver) -> None:
+    browser.connect(demo)
+    browser.fill("#own [name=itemName]", NASTY)
+    browser.click("#own button")
+    card = browser.find(".item:last-child")
+    assert NASTY in card.text
+    browser.click(".item:last-child .btn")
+    browser.outcome("200 Stored")
+    assert only_event(demo)["properties"] == {"itemName": NASTY}
+    browser.wait_for("The same as the body", ".step-document .verdict")
+    assert f"const itemName = {json.dumps(NASTY, ensure_ascii=False)};" in (
+        browser.step("code")
+    )
+    assert json.loads(browser.step("document"))["properties"]["itemName"] == NASTY
+    assert json.dumps(NASTY, ensure_ascii=False) in (
+        browser.find(".entry:first-child .step-body pre").text
+    )
+
+    browser.fill("[name=event]", NASTY)
+    browser.fill("[name=properties]", json.dumps({NASTY: NASTY, "$set": {"a.b": 1}}))
+    browser.click("form[data-call=track] button")
+    browser.outcome("200 Stored")
+    assert only_event(demo, event=NASTY)["properties"] == {
+        NASTY: NASTY,
+        "$set": {"a.b": 1},
+    }
+    assert not browser.all("main img, main script")
+
+
+def test_demo_retry_wrong_signature_and_burst(browser: Browser, demo: Receiver) -> None:
+    browser.connect(demo)
+    assert not any(browser.all(f"#{id}:enabled") for id in ("retry", "forge"))
+    browser.favorite("Lavender")
+    browser.outcome("200 Stored")
+    event = only_event(demo)
+    body = browser.step("body", ".exact")
+
+    browser.click("#retry")
+    browser.outcome("200 Duplicate")
+    assert browser.step("body", ".exact") == body
+    assert json.loads(browser.step("answer")[4:]) == {
+        "insertedId": event["_id"],
+        "duplicate": True,
+    }
+    assert demo.health()["duplicates"] == 1
+
+    browser.click("#forge")
+    browser.outcome("401 Refused")
+    assert browser.step("body", ".exact") == body
+    assert sign(body.encode()) not in browser.step("signature")
+    assert browser.step("answer").startswith("401 ")
+    assert "401" in browser.errors()[0]  # the browser itself logs the status
+    assert demo.events().count_documents({}) == 1
+
+    # A wrong signature is an experiment, not a setting to be corrected.
+    assert not browser.all("[aria-invalid]")
+
+    browser.click("#burst")
+    browser.outcome("100 × 200 Stored")
+    browser.wait_for("100 of 100 are there", ".entry:first-child .step-document")
+    assert re.search(r"\d+ events a second", browser.content("#burst-text"))
+    assert browser.script("return document.querySelector('progress').value") == 100
+    numbers = [
+        e["properties"]["number"] for e in demo.events().find({"event": "Counted"})
+    ]
+    assert sorted(numbers) == list(range(1, 101))
+    assert len(browser.all(".entry")) == 4
+
+
+def test_demo_says_what_to_check(
+    browser: Browser,
+    demo: Receiver,
+    start: Callable[..., Receiver],
+    segment: Segment,
+) -> None:
+    silent = start()  # a receiver with a shared secret, not in demo mode
+    url, other = f"http://127.0.0.1:{demo.port}", segment.url
+    browser.open(DEMO_PAGE.as_uri())
+    right = {"#endpoint": f"{url}/webhook", "#shared": SHARED, "#public": PUBLIC}
+    for field, value, message in (
+        ("#shared", "", "The shared secret is missing"),
+        ("#shared", "wrong", "The signature is not the receiver’s"),
+        ("#public", "wrong", "The public secret is missing or wrong"),
+        ("#endpoint", "", "is not the address of a receiver"),
+        ("#endpoint", "127.0.0.1:8080/webhook", "is not the address of a receiver"),
+        ("#endpoint", f"{url}/hook", "ends in /webhook"),
+        ("#endpoint", f"{other}/v1/t", "but not as the receiver does"),
+        ("#endpoint", f"http://127.0.0.1:{free_port()}/webhook", "Nothing answers at"),
+        ("#endpoint", f"http://127.0.0.1:{silent.port}/webhook", "in demo mode"),
+    ):
+        for selector, text in right.items():
+            browser.fill(selector, text)
+        browser.fill(field, value)
+        browser.favorite("Daisies")
+        browser.wait_for(message)
+        # The field to look at is marked, tied to the message, and in sight.
+        marked = browser.find(f"{field}[aria-invalid=true][aria-describedby=status]")
+        assert browser.send("GET", f"element/{marked.reference}/displayed")
+        browser.errors()
+    assert demo.events().count_documents({}) == 0
+
+    for selector, text in right.items():
+        browser.fill(selector, text)
+    browser.favorite("Daisies")
+    browser.outcome("200 Stored")
+    assert not browser.all("[aria-invalid]")
+    browser.click("#check")
+    browser.wait_for("MongoDB is up. 1 events stored")
+    assert browser.errors() == []
+
+    browser.connect(demo)  # no other origin, so no preflight that fails before
+    browser.fill("#endpoint", f"{url}/hook")
+    browser.favorite("Daisies")
+    browser.wait_for("ends in /webhook", ".step-answer .verdict")
+    assert browser.step("answer").startswith("404 ")
+    browser.errors()
+    browser.fill("#endpoint", f"{url}/webhook")
+    browser.favorite("Daisies")
+    browser.outcome("200 Stored")
+
+    demo.stop()
+    browser.click("#burst")
+    browser.wait_for("Check that the receiver is running")
+    wait_until(lambda: browser.all("#burst:enabled"))
+    browser.favorite("Daisies")
+    browser.outcome("Unreachable")
+    assert "Check that the receiver is running" in browser.step("answer", ".verdict")
+    browser.errors()
+    id = json.loads(browser.step("body"))["messageId"]
+    demo.start()
+    browser.click("#retry")
+    browser.outcome("200 Stored")
+    assert only_event(demo, _id=id)["properties"] == {"itemName": "Daisies"}
+
+
+def test_demo_spooled_and_rejected(
+    browser: Browser, own_mongod: Mongod, start: Callable[..., Receiver]
+) -> None:
+    receiver = start("--demo", uri=own_mongod.uri)
+    browser.connect(receiver)
+    browser.fill("[name=properties]", '{"a":' * 120 + "1" + "}" * 120)
+    browser.click("form[data-call=track] button")
+    assert "MongoDB cannot hold this event" in browser.outcome("422 Rejected")
+    assert browser.step("answer").startswith("422 ")
+    assert "Nothing" in browser.step("document", "p")
+    assert "422" in browser.errors()[0]
+
+    own_mongod.kill()
+    browser.favorite("Cactus")
+    browser.outcome("202 Spooled")
+    assert browser.step("answer") == '202 {"spooled": 1}'
+    own_mongod.start()
+    browser.outcome("202 Spooled, then stored")
+    assert json.loads(browser.step("document"))["properties"] == {"itemName": "Cactus"}
+    only_event(receiver)
+    browser.errors()  # reading it back while MongoDB was down
+
+
+def test_demo_remembers_no_secrets(browser: Browser, demo: Receiver) -> None:
+    browser.open(DEMO_PAGE.as_uri())
+    values = (
+        "return [...document.querySelectorAll('#connection input')].map(i => i.value)"
+    )
+    webhook = f"http://127.0.0.1:{demo.port}/webhook"
+    public = "public%2Fsecret+%C3%A4"
+    browser.find("#endpoint").type(f"{webhook}?secret={public}\t")
+    browser.find("#shared").type(SHARED + "\t")
+    browser.click("label:has([value=segment])")
+    browser.find("#write-key").type("WRITEKEY\t")
+    typed = ["WRITEKEY", "", "", webhook, SHARED, PUBLIC]
+    assert browser.script(values) == typed
+    browser.send("POST", "refresh", {})
+    assert browser.script(values) == typed
+    assert browser.script("return document.querySelector('[value=segment]').checked")
+    new = browser.send("POST", "window/new", {"type": "tab"})
+    browser.send("POST", "window", {"handle": new["handle"]})
+    browser.open(DEMO_PAGE.as_uri())
+    assert browser.script(values) == ["WRITEKEY", "", "", webhook, "", ""]
+
+
+@pytest.mark.parametrize("opened", ["from the receiver", "as a file"])
+def test_demo_through_segment(
+    browser: Browser, demo: Receiver, segment: Segment, opened: str
+) -> None:
+    node_module("")
+    segment.deliver = demo.post
+    browser.connect(demo)
+    if opened == "as a file":
+        browser.open(DEMO_PAGE.as_uri())
+        browser.fill("#endpoint", f"http://127.0.0.1:{demo.port}/webhook")
+        browser.fill("#public", PUBLIC)
+    browser.click("label:has([value=segment])")
+    browser.favorite("Roses")
+    browser.wait_for("The write key is missing")
+    browser.fill("#write-key", "WRITEKEY")
+    browser.fill("#cdn", f"http://127.0.0.1:{free_port()}")
+    browser.favorite("Roses")
+    browser.wait_for("analytics.js could not be loaded")
+    assert len(browser.errors()) == 1
+    assert demo.events().count_documents({}) == 0
+
+    # Calls wait until analytics.js is there.
+    browser.fill("#cdn", segment.url)
+    browser.fill("#api-host", f"{segment.url}/v1")
+    segment.cdn_answers.clear()
+    browser.click("form[data-call=identify] button")
+    browser.favorite("Roses")
+    browser.wait_for("Sending", ".entry:first-child .outcome")
+    assert segment.received == []
+    segment.cdn_answers.set()
+    wait_until(lambda: len(segment.received) == 2)  # in parallel, so in any order
+    assert {event["type"] for event in segment.received} == {"identify", "track"}
+    browser.outcome("Stored, by Segment")
+
+    event = only_event(demo, type="track")
+    assert event["event"] == "Favorited"
+    assert event["properties"] == {"itemName": "Roses"}
+    assert event["userId"] == "019mr8mf4r"  # so identify ran first
+    assert event["context"]["library"]["name"] == "analytics.js"
+    assert event["_id"] == event["messageId"]
+    assert json.loads(browser.step("body"))["messageId"] == event["_id"]
+    assert json.loads(browser.step("document")) == event
+    for place in ("debugger", "Event Delivery", "MongoDB"):
+        assert place in browser.step("next", "ul")
+
+    for call in ("page", "screen", "group", "alias", "track"):
+        browser.click(f"form[data-call={call}] button")
+        only_event(demo, type=call, event={"$ne": "Favorited"})
+        browser.outcome("Stored, by Segment")
+    assert SHARED not in json.dumps(segment.received)
+
+
+def test_demo_with_the_keyboard(browser: Browser, demo: Receiver) -> None:
+    browser.connect(demo)
+    focus = "return document.activeElement"
+    keys = {"type": "key", "id": "keyboard"}
+
+    def press(key: str) -> None:
+        strokes = [{"type": kind, "value": key} for kind in ("keyDown", "keyUp")]
+        browser.send("POST", "actions", {"actions": [keys | {"actions": strokes}]})
+
+    def tab_to(selector: str) -> None:
+        """Presses Tab until there; whatever is passed shows that it has the focus."""
+        for _ in range(60):
+            press("\ue004")
+            if browser.script(f"{focus}.matches(arguments[0])", selector):
+                return
+            outline = "getComputedStyle(document.activeElement).outlineStyle"
+            shown = "document.querySelector('label:has(:focus-visible)') ? 'solid' : "
+            assert browser.script(f"return {shown}{outline}") != "none"
+        pytest.fail(f"Tab does not lead to {selector}")
+
+    tab_to('.btn[data-item-name="Roses"]')
+    press(" ")
+    browser.outcome("200 Stored")
+    assert only_event(demo)["properties"]["itemName"] == "Roses"
+    assert browser.script(f"{focus}.dataset.itemName") == "Roses"  # it stays there
+    status = "return document.querySelector('[role=status]').textContent"
+    assert "200 Stored" in browser.script(status)
+    tab_to("#see")
+    press("\ue007")
+    assert browser.script(f"{focus}.matches('.entry:first-child summary')")
+    press("\ue007")
+    assert not browser.all(".entry details[open]")
+
+
+def test_demo_is_accessible(browser: Browser, demo: Receiver) -> None:
+    browser.connect(demo)
+    browser.script(node_module("axe-core/axe.min.js").read_text("utf-8"))
+
+    def check(state: str) -> None:
+        """Runs axe on the page as it is: wide and narrow, light and dark."""
+        for width in (1280, 375):
+            for scheme in ("light", "dark"):
+                look = f"{state}, {width} pixels, {scheme}"
+                browser.show_as(width, scheme)
+                screenshot(browser, look)
+                violations = browser.script(
+                    "return axe.run({ resultTypes: ['violations'] })"
+                    ".then(({ violations }) => violations)"
+                )
+                assert [
+                    (look, v["id"], node["target"], node["failureSummary"])
+                    for v in violations
+                    for node in v["nodes"]
+                ] == []
+            overflow = "document.documentElement.scrollWidth - innerWidth"
+            assert browser.script(f"return {overflow}") <= 0, look
+
+    check("empty")
+    browser.favorite("Roses")
+    browser.outcome("200 Stored")
+    browser.click("#retry")
+    browser.outcome("200 Duplicate")
+    browser.click("#forge")
+    browser.outcome("401 Refused")
+    browser.errors()
+    browser.click("#burst")
+    browser.wait_for("100 of 100 are there", ".entry:first-child .step-document")
+    everything = "document.querySelectorAll('details')"
+    browser.script(f"{everything}.forEach((details) => {{ details.open = true; }})")
+    check("all open")
+    browser.fill("#shared", "")
+    browser.favorite("Tulips")
+    browser.wait_for("The shared secret is missing")
+    browser.click("label:has([value=segment])")
+    check("through Segment")
+
+
+def screenshot(browser: Browser, name: str) -> None:
+    """Keeps a picture of the whole page in the folder $SCREENSHOTS, to look at."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        taken = browser.devtools("Page.captureScreenshot", captureBeyondViewport=True)
+        Path(folder, f"{name}.png").write_bytes(base64.b64decode(taken["data"]))
