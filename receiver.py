@@ -379,8 +379,12 @@ def parse_events(body: bytes) -> Events:
         value = DECODER.decode(str(body, "utf-8"))
     except RecursionError:
         raise Refused(422, TOO_DEEP) from None
-    except ValueError as error:
-        raise Refused(400, f"not UTF-8 JSON: {error}") from None
+    except UnicodeDecodeError as error:
+        raise Refused(400, f"not UTF-8: at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise Refused(400, f"not JSON: at character {error.pos}") from None
+    except ValueError as error:  # of not_json
+        raise Refused(400, f"not JSON: {error}") from None
     is_batch = isinstance(value, list)
     parsed = Events(is_batch, [], [])
     events = value if is_batch else [value]
@@ -955,6 +959,7 @@ REQUEST_LINE = re.compile(rb"(%s) (/[\x21-\x7e]*) HTTP/1\.([01])" % TOKEN)
 FIELD_LINE = re.compile(rb"(%s):([\t\x20-\x7e\x80-\xff]*)" % TOKEN)
 HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
 CONTENT_LENGTH = re.compile(rb" ?[0-9]{1,19}")
+NOT_IN_REQUEST_LINE = re.compile(rb"[^\x20-\x7e\r]")
 BARE_CR_OR_LF = re.compile(rb"\r(?!\n|\Z)|(?<!\r)\n")
 SIGNATURE = re.compile(rb"[0-9a-f]{40}")
 MAX_TARGET_BYTES = 8 * KIB
@@ -1013,14 +1018,24 @@ def parse_request_line(line: bytes) -> tuple[bytes, bytes, bytes]:
     return match[1], match[2], match[3]
 
 
-def check_incomplete_head(data: bytes) -> None:
-    """Raises Refused as soon as a head's beginning shows that all of it will be."""
-    line, end, _ = data.partition(b"\r\n")
-    if BARE_CR_OR_LF.search(data):
+def check_incomplete_head(data: bytes, checked: int) -> None:
+    """Raises Refused as soon as a head's beginning shows that all of it will be.
+
+    ``checked`` bytes were seen before: a head that comes byte by byte must not cost the
+    square of its length.
+    """
+    if BARE_CR_OR_LF.search(data, max(checked - 1, 0)):
         raise Refused(400, "malformed HTTP: bare CR or LF")
-    if end or len(line) > MAX_TARGET_BYTES + 64:
-        parse_request_line(line)
-    if len(data) > MAX_HEAD_BYTES:
+    end = data.find(b"\r\n", 0, MAX_TARGET_BYTES + 64)
+    if end < 0:
+        # A TLS client, for one, waits for an answer to bytes that have no line end.
+        if NOT_IN_REQUEST_LINE.search(data, checked):
+            raise Refused(400, "malformed HTTP: request line")
+        if len(data) > MAX_TARGET_BYTES + 64:
+            raise Refused(414, "request target too long")
+    elif end + 2 > checked:
+        parse_request_line(data[:end])
+    if len(data) > MAX_HEAD_BYTES + 3:  # its end may have come in part
         raise Refused(431, "request head too large")
 
 
@@ -1036,7 +1051,8 @@ def parse_head(data: bytes) -> Head:
         if not match:
             raise Refused(400, "malformed HTTP: header field")
         name, value = match[1].lower(), match[2]
-        # Two lengths or two hosts, joined, have not the form of one.
+        if name in fields and name in (b"host", b"content-length"):
+            raise Refused(400, "malformed HTTP: repeated Host or Content-Length")
         fields[name] = fields[name] + b", " + value if name in fields else value
     path, _, query = target.partition(b"?")
     head = Head(method, path, query, minor_version, fields)
@@ -1072,6 +1088,7 @@ class Handler(BaseHTTPRequestHandler):
         self.storage = self.server.storage
         self.buffer = b""
         self.expired = False
+        self.evicted = False  # to make room: not the client's fault, so 503 and not 408
         self.since = time.monotonic()
         self.enter(IDLE, HEAD_SECONDS)
         self.server.register(self)
@@ -1123,6 +1140,8 @@ class Handler(BaseHTTPRequestHandler):
     def receive(self) -> bytes:
         """Returns what comes next of a request. Raises Refused if it does not, in time."""
         data = self.connection.recv(64 * KIB)
+        if self.evicted:
+            raise unavailable("too many connections")
         if self.expired:
             raise Refused(408, "the request was not complete in time")
         if not data:
@@ -1137,10 +1156,12 @@ class Handler(BaseHTTPRequestHandler):
                 return False
             self.buffer += data
         self.buffer = self.buffer.removeprefix(b"\r\n")  # RFC 9112 section 2.2
-        while (end := self.buffer.find(b"\r\n\r\n")) < 0:
+        checked = 0
+        while (end := self.buffer.find(b"\r\n\r\n", max(checked - 3, 0))) < 0:
             if self.phase != HEAD:
                 self.enter(HEAD, HEAD_SECONDS)
-            check_incomplete_head(self.buffer)
+            check_incomplete_head(self.buffer, checked)
+            checked = len(self.buffer)
             self.buffer += self.receive()
         self.head = head = parse_head(self.buffer[:end])
         self.buffer = self.buffer[end + 4 :]
@@ -1157,7 +1178,9 @@ class Handler(BaseHTTPRequestHandler):
         """Reads the whole body. Raises Refused."""
         length = self.unread
         if len(self.buffer) < length:
-            if self.head.field(b"expect").lower() == b"100-continue":
+            expects = self.head.field(b"expect").lower() == b"100-continue"
+            if expects and self.head.minor_version == b"1":  # RFC 9110 section 10.1.1
+                self.enter(SEND, SEND_SECONDS)
                 self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.enter(BODY, BODY_SECONDS + length / BODY_BYTES_PER_SECOND)
             data = bytearray(self.buffer)
@@ -1442,6 +1465,16 @@ class Server(ThreadingHTTPServer):
             self._threads_running += 1
         super().process_request(request, client_address)
 
+    def get_request(self) -> Any:
+        """Accepts a connection; without a file descriptor for it, one that waits makes room."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._evict()
+                time.sleep(0.01)
+            raise
+
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
         with self._lock:
@@ -1462,7 +1495,9 @@ class Server(ThreadingHTTPServer):
                 c for c in self._connections if c.phase != BUSY and not c.expired
             ]
             if waiting:
-                min(waiting, key=lambda connection: connection.since).expire()
+                longest = min(waiting, key=lambda connection: connection.since)
+                longest.evicted = True
+                longest.expire()
 
     @contextlib.contextmanager
     def memory_for(self, size: int) -> Iterator[None]:
