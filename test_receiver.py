@@ -8,7 +8,9 @@ own). ``LONG=1`` runs the long versions of the randomised tests.
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -349,6 +351,9 @@ class Scene:
             arguments = ("--replSet", "rs", "--oplogSize", "64")
             self._mongods.append(Mongod(folder, *arguments, ready=False))
         nodes = self._mongods[-3:]
+        for node in nodes:
+            address = ("127.0.0.1", node.port)
+            wait_until(lambda address=address: socket.socket().connect_ex(address) == 0)
         hosts = [{"_id": n, "host": f"127.0.0.1:{m.port}"} for n, m in enumerate(nodes)]
         # A second to miss a primary, as much to elect one: quick, for the tests.
         quick = {"electionTimeoutMillis": 1000, "heartbeatIntervalMillis": 200}
@@ -1284,6 +1289,1218 @@ def test_a_signal_finishes_the_requests_in_hand(
     assert idle.recv(100) == b""
     idle.close()
     assert "Traceback" not in receiver.log and "stopped" in receiver.log
+
+
+# --- Hostile and broken clients -----------------------------------------------------------------
+
+TARGET = "/webhook?secret=public%2Fsecret+%C3%A4"
+POST = f"POST {TARGET} HTTP/1.1"
+HOST = "Host: a"
+BODY = '{"messageId": "stolen", "type": "track"}'
+LENGTH = f"Content-Length: {len(BODY)}"
+SIGNATURE = f"X-Signature: {sign(BODY.encode())}"
+UNSIGNED = "X-Signature: " + "0" * 40
+GET_HEALTH = "GET /health HTTP/1.1"
+HEALTH = f"{GET_HEALTH}\r\n{HOST}\r\n\r\n"
+LIMIT = 4 << 20
+CHUNKED = f"5\r\nhello\r\n0\r\n\r\n{HEALTH}"
+
+
+needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="/proc is Linux's")  # fmt: skip
+
+
+def message(*lines: str, body: str = BODY) -> bytes:
+    """Returns a request of these head lines; characters up to U+00FF are bytes."""
+    return ("\r\n".join(lines) + "\r\n\r\n" + body).encode("latin-1")
+
+
+def post(*fields: str, body: str = BODY) -> bytes:
+    """Returns a good request but for these fields, which may spoil it."""
+    return message(POST, HOST, SIGNATURE, *fields, body=body)
+
+
+def get(*fields: str, target: str = "/health", body: str = "") -> bytes:
+    return message(f"GET {target} HTTP/1.1", HOST, *fields, body=body)
+
+
+def field_of(size: int, *before: str) -> str:
+    """Returns the field line that makes a head of GET /health so many bytes long."""
+    lines = "\r\n".join((GET_HEALTH, HOST, *before, "X: "))
+    return "X: " + "x" * (size - len(lines))
+
+
+# Each is answered once, with this status, and the connection is closed: the good request that
+# follows in the same bytes is not read, since nobody can tell where it begins.
+CLOSING: list[tuple[int, str, bytes]] = [
+    # The request line: RFC 9112 section 3
+    (400, "HTTP/0.9", b"GET /health\r\n\r\n"),
+    (400, "HTTP/0.9 by name", message("GET /health HTTP/0.9", HOST)),
+    (400, "HTTP/2.0", message("GET /health HTTP/2.0", HOST)),
+    (400, "HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+    (400, "HTTP/1.10", message("GET /health HTTP/1.10", HOST)),
+    (400, "HTTP/1", message("GET /health HTTP/1", HOST)),
+    (400, "HTTP/1,1", message("GET /health HTTP/1,1", HOST)),
+    (400, "lower case http/1.1", message("GET /health http/1.1", HOST)),
+    (400, "digits that are not ASCII", message("GET /health HTTP/1.\xb9", HOST)),
+    (400, "version missing, space kept", message("GET /health ", HOST)),
+    (400, "two spaces", message("GET  /health HTTP/1.1", HOST)),
+    (400, "tab for space", message("GET\t/health\tHTTP/1.1", HOST)),
+    (400, "space before the method", message(" GET /health HTTP/1.1", HOST)),
+    (400, "space after the version", message("GET /health HTTP/1.1 ", HOST)),
+    (400, "space in the target", message("GET /hea lth HTTP/1.1", HOST)),
+    (400, "no method", message("/health HTTP/1.1", HOST)),
+    (400, "method is no token", message("G(T /health HTTP/1.1", HOST)),
+    (400, "NUL in the method", message("GE\0T /health HTTP/1.1", HOST)),
+    (400, "NUL in the target", message("GET /health\0 HTTP/1.1", HOST)),
+    (400, "control character in the target", message("GET /hea\x01 HTTP/1.1", HOST)),
+    (400, "DEL in the target", message("GET /hea\x7f HTTP/1.1", HOST)),
+    (400, "raw UTF-8 in the target", message("GET /h\xc3\xa4 HTTP/1.1", HOST)),
+    (400, "no slash", message("GET health HTTP/1.1", HOST)),
+    (400, "absolute form", message("GET http://a/health HTTP/1.1", HOST)),
+    (400, "absolute form of another", message("GET http://b/ HTTP/1.1", HOST)),
+    (400, "authority form", message("CONNECT a:443 HTTP/1.1", HOST)),
+    (400, "asterisk form", message("OPTIONS * HTTP/1.1", HOST)),
+    (400, "only an empty head", b"\r\n\r\n\r\n"),
+    (400, "two empty lines first", b"\r\n\r\n" + get()),
+    (400, "a TLS client", bytes.fromhex("16030100c8010000c40303") + b"\xaa" * 189),
+    (400, "an SMTP client", b"EHLO a\r\n"),
+    # Line ends: section 2.2
+    (400, "LF for CRLF", HEALTH.replace("\r\n", "\n").encode()),
+    (400, "LF after the request line", f"{GET_HEALTH}\n{HOST}\r\n\r\n".encode()),
+    (400, "LF after a field", f"{GET_HEALTH}\r\n{HOST}\n\r\n".encode()),
+    (400, "LF for the empty line", f"{GET_HEALTH}\r\n{HOST}\r\n\n".encode()),
+    (400, "CR for CRLF", f"{GET_HEALTH}\r{HOST}\r\r".encode()),
+    (400, "CR in a value", get("X: a\rb")),
+    (400, "LF in a value", get("X: a\nContent-Length: 5")),
+    (400, "CR CR LF", get("X: a\r")),
+    (400, "CR in a name", get("X\rY: a")),
+    # Fields: section 5
+    (400, "obsolete folding, space", get("X: a", " b")),
+    (400, "obsolete folding, tab", get("X: a", "\tb")),
+    (400, "folding of the request line", message(GET_HEALTH, " X: a", HOST)),
+    (400, "space before the colon", get("X : a")),
+    (400, "tab before the colon", get("X\t: a")),
+    (400, "empty name", get(": a")),
+    (400, "no colon", get("X")),
+    (400, "space in a name", get("X Y: a")),
+    (400, "name is no token", get("X(Y): a")),
+    (400, "name outside ASCII", get("X\xe4: a")),
+    (400, "NUL in a name", get("X\0: a")),
+    (400, "NUL in a value", get("X: a\0b")),
+    (400, "control character in a value", get("X: a\x0bb")),
+    (400, "DEL in a value", get("X: a\x7fb")),
+    # Host: section 3.2
+    (400, "no Host", message(GET_HEALTH, "X: a")),
+    (400, "Host twice", get("Host: b")),
+    (400, "the same Host twice", get(HOST)),
+    (400, "Host and an empty one", get("Host:")),
+    (400, "an empty Host twice", message(GET_HEALTH, "Host:", "Host:")),
+    (400, "two hosts", message(GET_HEALTH, "Host: a, b")),
+    (400, "Host with a space", message(GET_HEALTH, "Host: a b")),
+    (400, "Host with a path", message(GET_HEALTH, "Host: a/b")),
+    (400, "Host with a user", message(GET_HEALTH, "Host: a@b")),
+    (400, "Host outside ASCII", message(GET_HEALTH, "Host: \xe4")),
+    # Content-Length: section 6.3
+    (400, "length +5", post("Content-Length: +5")),
+    (400, "length -1", post("Content-Length: -1")),
+    (400, "length -0", post("Content-Length: -0")),
+    (400, "length 0x5", post("Content-Length: 0x5")),
+    (400, "length in octal", post("Content-Length: 0o5")),
+    (400, "length with two spaces", post("Content-Length:  5")),
+    (400, "length after a tab", post("Content-Length:\t5")),
+    (400, "length 5,5", post("Content-Length: 5,5")),
+    (400, "length 5, 5", post("Content-Length: 5, 5")),
+    (400, "length 5 5", post("Content-Length: 5 5")),
+    (400, "length 5;", post("Content-Length: 5;")),
+    (400, "length 5_0, which Python reads", post("Content-Length: 5_0")),
+    (400, "length 5.0", post("Content-Length: 5.0")),
+    (400, "length 1e3", post("Content-Length: 1e3")),
+    (400, "length in quotes", post('Content-Length: "5"')),
+    (400, "length with NUL", post("Content-Length: 5\0")),
+    (400, "length in Arabic digits", post("Content-Length: \xd9\xa5")),
+    (400, "length superscript two", post("Content-Length: \xb2")),
+    (400, "empty length", post("Content-Length:")),
+    (400, "length of a word", post("Content-Length: five")),
+    (400, "length twice", post(LENGTH, LENGTH)),
+    (400, "two lengths", post(LENGTH, "Content-Length: 0")),
+    (400, "length and an empty one", post(LENGTH, "Content-Length:")),
+    (400, "space before its colon", post("Content-Length : 5")),
+    (400, "length folded", post("Content-Length:", " 5")),
+    (400, "length past 64 bits", post("Content-Length: 36893488147419103232")),
+    (400, "length of 4,500 digits", post("Content-Length: " + "9" * 4500)),
+    (400, "GET with two lengths", get("Content-Length: 0", "Content-Length: 9")),
+    (413, "length of 19 digits", post("Content-Length: 9223372036854775807")),
+    (413, "length over the limit", post(f"Content-Length: {LIMIT + 1}")),
+    # Smuggling: Transfer-Encoding in any form, with and without a length
+    (411, "no length", post()),
+    (411, "chunked", post("Transfer-Encoding: chunked", body=CHUNKED)),
+    (411, "CL.TE", post(LENGTH, "Transfer-Encoding: chunked", body=CHUNKED)),
+    (411, "TE.CL", post("Transfer-Encoding: chunked", "Content-Length: 5", body=CHUNKED)),
+    (411, "CL.TE of no length", post("Content-Length: 0", "Transfer-Encoding: chunked")),
+    (411, "TE.TE", post("Transfer-Encoding: chunked", "Transfer-Encoding: x", LENGTH)),
+    (411, "TE.TE, the other first", post("Transfer-encoding: x", "Transfer-Encoding: chunked")),
+    (411, "TE: identity", post(LENGTH, "Transfer-Encoding: identity")),
+    (411, "TE: xchunked", post(LENGTH, "Transfer-Encoding: xchunked")),
+    (411, "TE: chunked, identity", post(LENGTH, "Transfer-Encoding: chunked, identity")),
+    (411, "TE: gzip, chunked", post("Transfer-Encoding: gzip, chunked")),
+    (411, "TE in quotes", post(LENGTH, 'Transfer-Encoding: "chunked"')),
+    (411, "TE after a tab", post(LENGTH, "Transfer-Encoding:\tchunked")),
+    (411, "TE without a space", post(LENGTH, "Transfer-Encoding:chunked")),
+    (411, "TE with spaces", post(LENGTH, "Transfer-Encoding:   chunked  ")),
+    (411, "TE in capitals", post(LENGTH, "TRANSFER-ENCODING: CHUNKED")),
+    (411, "TE empty", post(LENGTH, "Transfer-Encoding:")),
+    (411, "TE with obs-text", post(LENGTH, "Transfer-Encoding: \x85chunked")),
+    (411, "TE of HTTP/1.0", message(POST[:-1] + "0", SIGNATURE, LENGTH, "Transfer-Encoding: chunked")),
+    (411, "TE of GET", get("Transfer-Encoding: chunked", body=CHUNKED)),
+    (400, "space before TE's colon", post(LENGTH, "Transfer-Encoding : chunked")),
+    (400, "space before TE", post(LENGTH, " Transfer-Encoding: chunked")),
+    (400, "TE folded into a value", post("X: a", " Transfer-Encoding: chunked", LENGTH)),
+    (400, "TE with its value folded", post(LENGTH, "Transfer-Encoding:", " chunked")),
+    (400, "TE with a vertical tab", post(LENGTH, "Transfer-Encoding:\x0bchunked")),
+    (400, "TE with a NUL", post(LENGTH, "Transfer-Encoding\0: chunked")),
+    (400, "TE after a bare LF", post(LENGTH, "X: a\nTransfer-Encoding: chunked")),
+    (400, "TE after a bare CR", post(LENGTH, "X: a\rTransfer-Encoding: chunked")),
+    (411, "a name that only resembles", post("Content_Length: 5")),
+    # Smuggling: CL.0, a body where a route expects none
+    (200, "CL.0 of GET", get(f"Content-Length: {len(HEALTH)}", body=HEALTH)),
+    (404, "CL.0 of another path", message("POST / HTTP/1.1", HOST, LENGTH)),
+    (405, "CL.0 of POST /health", message("POST /health HTTP/1.1", HOST, LENGTH)),
+    (405, "DELETE with a body", message(f"DELETE {TARGET} HTTP/1.1", HOST, LENGTH)),
+    (405, "POST to /health, no length", message("POST /health HTTP/1.1", HOST)),
+    # Limits
+    (414, "target over 8 KiB", get(target="/health?" + "x" * (8185 + 1))),
+    (414, "target of 30 KB", get(target="/" + "x" * 30_000)),
+    (414, "target without an end", b"GET /" + b"x" * 60_000),
+    (431, "head over 32 KiB", get(field_of(32 * 1024 + 1))),
+    (431, "head of 60 KB", get(field_of(60_000))),
+    (431, "head without an end", get("X: " + "x" * 60_000)[:-4]),
+    (431, "101 fields", get(*["X: a"] * 100)),
+    (431, "5,000 fields", get(*["X: a"] * 5000)),
+    # The order of the checks: path, method, public secret, length, shape of the signature
+    (404, "path before all else", message("PUT /nowhere HTTP/1.1", HOST, "Transfer-Encoding: x")),
+    (404, "path, with a slash", message(POST.replace("?", "/?"), HOST, LENGTH, SIGNATURE)),
+    (404, "path, percent-encoded", message(POST.replace("w", "%77", 1), HOST, LENGTH)),
+    (405, "method before secret", message("DELETE /webhook HTTP/1.1", HOST, LENGTH)),
+    (405, "method is case-sensitive", message(POST.lower().replace("http", "HTTP"), HOST, LENGTH)),
+    (401, "secret before length", message("POST /webhook HTTP/1.1", HOST)),
+    (401, "secret before TE", message("POST /webhook?secret=x HTTP/1.1", HOST, "Transfer-Encoding: x")),
+    (401, "secret before the limit", message("POST /webhook HTTP/1.1", HOST, "Content-Length: 999999999")),
+    (401, "secret, the last counts", message(POST.replace(" HTTP", "&secret=x HTTP"), HOST, LENGTH, SIGNATURE)),
+    (411, "length before signature", message(POST, HOST)),
+    (413, "limit before signature", message(POST, HOST, f"Content-Length: {LIMIT + 1}")),
+    (401, "no signature", message(POST, HOST, f"Content-Length: {LIMIT}", body="")),
+    (401, "empty signature", message(POST, HOST, LENGTH, "X-Signature:")),
+    (401, "short signature", message(POST, HOST, LENGTH, SIGNATURE[:-1])),
+    (401, "long signature", message(POST, HOST, LENGTH, SIGNATURE + "0")),
+    (401, "two signatures", message(POST, HOST, LENGTH, SIGNATURE, SIGNATURE)),
+    (401, "signature outside ASCII", message(POST, HOST, LENGTH, SIGNATURE[:-1] + "\xe4")),
+    (401, "signature named sha1=", message(POST, HOST, LENGTH, SIGNATURE.replace(": ", ": sha1="))),
+    # Connections that the client does not want to keep
+    (200, "Connection: close", get("Connection: close")),
+    (200, "close in a list", get("Connection: Keep-Alive, CLOSE")),
+    (200, "HTTP/1.0", message("GET /health HTTP/1.0", body="")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "status, request_", [pytest.param(s, r, id=name) for s, name, r in CLOSING]
+)
+def test_answers_once_and_closes(
+    receiver: Receiver, status: int, request_: bytes
+) -> None:
+    [answer] = receiver.raw(request_ + HEALTH.encode())
+    assert answer.status == status
+    assert answer.headers["Connection"] == "close"
+    assert answer.headers["Content-Type"] == "application/json"
+    assert ("error" in answer.json) == (status != 200)
+    assert ("Allow" in answer.headers) == (status == 405)
+    good = track()
+    assert receiver.post(good).json == {"insertedId": good["messageId"]}
+
+
+# Each is answered with these statuses, and then the connection serves another request.
+KEPT: list[tuple[list[int], str, bytes]] = [
+    ([200], "a request", get()),
+    ([200, 200], "two pipelined requests", get() * 2),
+    ([200] * 500, "500 pipelined requests", get() * 500),
+    ([401, 200, 401], "pipelined requests, refused or not",
+     message(POST, HOST, LENGTH, UNSIGNED) + get() + message(POST, HOST, LENGTH, UNSIGNED)),
+    ([200], "an empty line first", b"\r\n" + get()),
+    ([200, 200], "an empty line between", get() + b"\r\n" + get()),
+    ([401], "a body that is a request",
+     message(POST, HOST, UNSIGNED, f"Content-Length: {len(HEALTH)}", body=HEALTH)),
+    ([401], "no body", message(POST, HOST, UNSIGNED, "Content-Length: 0", body="")),
+    ([401], "length with zeros in front", message(POST, HOST, UNSIGNED, "Content-Length: 00040")),
+    ([401], "length without a space", message(POST, HOST, UNSIGNED, "Content-Length:40")),
+    ([404], "GET of another path", get(target="/")),
+    ([405], "GET of the webhook", get(target=TARGET)),
+    ([404], "no demo", get(target="/demo.html")),
+    ([404], "no events", get(target="/events?secret=public%2Fsecret+%C3%A4")),
+    ([200], "HTTP/1.0 kept alive", message("GET /health HTTP/1.0", "Connection: keep-alive", body="")),
+    ([200], "an empty Host", message(GET_HEALTH, "Host:", body="")),
+    ([200], "a Host with a port", message(GET_HEALTH, "Host: [::1]:8080", body="")),
+    ([200], "obs-text in a value", get("X: \xe4\xff")),
+    ([200], "tabs and spaces around a value", get("X: \t a b \t ")),
+    ([200], "an empty value", get("X:")),
+    ([200], "target of 8 KiB", get(target="/health?" + "x" * (8192 - 8))),
+    ([200], "head of 32 KiB", get(field_of(32 * 1024))),
+    ([200], "100 fields", get(*["X: a"] * 99)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "statuses, request_", [pytest.param(s, r, id=name) for s, name, r in KEPT]
+)
+def test_answers_and_keeps_the_connection(
+    receiver: Receiver, statuses: list[int], request_: bytes
+) -> None:
+    *answers, last = receiver.raw(request_ + get("Connection: close"))
+    assert [answer.status for answer in answers] == statuses
+    assert last.status == 200
+    assert not any(answer.headers["Connection"] == "close" for answer in answers)
+
+
+def test_ends_a_head_wherever_the_packets_end(receiver: Receiver) -> None:
+    """Also one of exactly 32 KiB whose empty line comes in pieces."""
+    head = get(field_of(32 * 1024, "Connection: close"), "Connection: close")
+    for cut in range(len(head) - 5, len(head)):
+        with socket.create_connection(("127.0.0.1", receiver.port), 30) as client:
+            client.sendall(head[:cut])
+            time.sleep(0.02)
+            client.sendall(head[cut:])
+            assert client.recv(12) == b"HTTP/1.1 200", cut
+
+
+def test_a_request_cut_anywhere_is_400_and_one_in_pieces_is_200(
+    receiver: Receiver,
+) -> None:
+    body = json.dumps(track(event="Bäcker ✓"), ensure_ascii=False).encode()
+    head = message(POST, HOST, f"X-Signature: {sign(body)}", f"Content-Length: {len(body)}", body="")  # fmt: skip
+    good = head + body
+    assert receiver.raw(b"", half_close=True) == []
+    for cut in range(1, len(good)):
+        [answer] = receiver.raw(good[:cut], half_close=True)
+        assert (answer.status, answer.headers["Connection"]) == (400, "close"), cut
+    assert receiver.events().count_documents({"event": "Bäcker ✓"}) == 0
+    for cut in range(1, len(good)):
+        with socket.create_connection(("127.0.0.1", receiver.port), 30) as client:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            client.sendall(good[:cut])
+            client.sendall(good[cut:])
+            assert client.recv(12) == b"HTTP/1.1 200", cut
+    with socket.create_connection(("127.0.0.1", receiver.port), 30) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for position in range(len(good)):
+            client.sendall(good[position : position + 1])
+        assert client.recv(12) == b"HTTP/1.1 200"
+    assert receiver.events().count_documents({"event": "Bäcker ✓"}) == 1
+
+
+@needs_proc
+def test_a_head_that_comes_byte_by_byte_costs_no_more_than_its_length(
+    receiver: Receiver,
+) -> None:
+    """Searching the whole head again for each byte costs 1 ms of CPU a byte."""
+
+    def cpu_seconds() -> float:
+        stat = Path(f"/proc/{receiver.process.pid}/stat").read_text().rsplit(")")[-1]
+        return sum(map(int, stat.split()[11:13])) / os.sysconf("SC_CLK_TCK")
+
+    before = cpu_seconds()
+    head = get(field_of(32_000, "Connection: close"), "Connection: close")
+    with socket.create_connection(("127.0.0.1", receiver.port), 30) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client.sendall(head[:-3000])
+        for position in range(len(head) - 3000, len(head)):
+            client.sendall(head[position : position + 1])
+            time.sleep(0.0003)
+        assert client.recv(12) == b"HTTP/1.1 200"
+    assert cpu_seconds() - before < 0.8
+
+
+@pytest.mark.parametrize(
+    "status, target, length",
+    [
+        (401, "/webhook?secret=wrong", 16 << 20),
+        (401, TARGET, 4 << 20),
+        (413, TARGET, 16 << 20),
+        (404, "/nowhere", 16 << 20),
+    ],
+)
+def test_an_early_answer_reaches_a_client_that_is_still_sending(
+    receiver: Receiver, status: int, target: str, length: int
+) -> None:
+    """Closing with unread bytes would reset the connection, and with it the answer."""
+    body = b"x" * length
+    assert receiver.post(body, target=target, signature="none").status == status
+
+
+def test_early_answers_do_not_wait_for_the_body(receiver: Receiver) -> None:
+    for status, name, request in CLOSING:
+        head, _, _ = request.partition(b"\r\n\r\n")
+        if b"Content-Length: " in head and b"X: a" not in head:
+            [answer] = receiver.raw(head + b"\r\n\r\n")
+            assert answer.status == status, name
+
+
+def test_head_is_answered_without_a_body(receiver: Receiver) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=30)
+    with contextlib.closing(connection):
+        for method, status in [("HEAD", 405), ("GET", 200), ("HEAD", 405)]:
+            connection.request(method, "/health")
+            response = connection.getresponse()
+            assert response.status == status
+            assert int(response.headers["Content-Length"]) > 0
+            assert bool(response.read()) == (method == "GET")
+            assert response.headers["Connection"] is None
+
+
+def test_expect_100_continue(receiver: Receiver) -> None:
+    expect = f"Expect: 100-continue\r\nContent-Length: {len(BODY)}"
+
+    def first_line(
+        *lines: str, body: str = "", patience: float = 30
+    ) -> tuple[socket.socket, bytes]:
+        client = socket.create_connection(("127.0.0.1", receiver.port), patience)
+        client.sendall(message(*lines, body=body))
+        with contextlib.suppress(TimeoutError):
+            return client, client.recv(4096).partition(b"\r\n")[0]
+        return client, b""
+
+    client, line = first_line(POST, HOST, UNSIGNED, expect)
+    with client:
+        assert line == b"HTTP/1.1 100 Continue"
+        client.sendall(BODY.encode())
+        assert client.recv(12) == b"HTTP/1.1 401"
+    # Refused for its head: the body is not asked for.
+    client, line = first_line(POST, HOST, expect)
+    client.close()
+    assert line == b"HTTP/1.1 401 Unauthorized"
+    # The body has come already.
+    client, line = first_line(POST, HOST, UNSIGNED, expect, body=BODY)
+    client.close()
+    assert line == b"HTTP/1.1 401 Unauthorized"
+    # RFC 9110 section 10.1.1: a client of HTTP/1.0 would take it for the answer.
+    client, line = first_line(POST[:-1] + "0", UNSIGNED, expect, patience=0.5)
+    with client:
+        assert line == b""
+
+
+# --- Hostile clients: fuzz ----------------------------------------------------------------------
+
+
+def talk(port: int, data: bytes) -> list[tuple[int, bytes]]:
+    """Sends bytes and the end of them; returns status and payload of each answer."""
+    received = b""
+    with socket.create_connection(("127.0.0.1", port), 60) as client:
+        with contextlib.suppress(ConnectionError):
+            client.sendall(data)
+            client.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionError):
+            while part := client.recv(1 << 16):
+                received += part
+    answers = []
+    while received:
+        head, _, received = received.partition(b"\r\n\r\n")
+        status = int(head[9:12])
+        length = 0
+        if status != 100:
+            length = int(head.split(b"Content-Length: ")[1].partition(b"\r\n")[0])
+        answers.append((status, received[:length]))
+        received = received[length:]
+    return answers
+
+
+def in_threads(number: int, work: Callable[[int], None]) -> None:
+    """Runs the work in so many threads; raises what one of them raises."""
+    with concurrent.futures.ThreadPoolExecutor(number) as executor:
+        for future in [executor.submit(work, index) for index in range(number)]:
+            future.result()
+
+
+class Footprint:
+    """What a process holds: threads, file descriptors and resident memory."""
+
+    def __init__(self, process: int) -> None:
+        self.process = process
+        self.threads = len(os.listdir(f"/proc/{process}/task"))
+        self.files = len(os.listdir(f"/proc/{process}/fd"))
+        status = Path(f"/proc/{process}/status").read_text()
+        self.mib = int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+    def is_back(self) -> bool:
+        """Tells whether it holds no more than it did, but for the driver's own few."""
+        now = Footprint(self.process)
+        return now.threads <= self.threads + 4 and now.files <= self.files + 4
+
+
+SPLICES = [
+    *(b"\r\n", b"\n", b"\r", b"\0", b" ", b"\t", b":", b",", b"\r\n\r\n", b"\xff", b"%00"),
+    *(b"Transfer-Encoding: chunked\r\n", b"Content-Length: 0\r\n", b"Host: b\r\n", b"0x"),
+    *(b"Connection: close\r\n", b"Expect: 100-continue\r\n", b"HTTP/1.0", b"GET ", b"&"),
+    *(b"99999999999999999999", b"-1", b"x" * 9000, b"X: y\r\n" * 101, b"?secret=", b"/"),
+]  # fmt: skip
+
+
+def mutate(data: bytes, chance: random.Random) -> bytes:
+    """Returns data with one to four small changes."""
+    mutated = bytearray(data)
+    for _ in range(chance.choice((1, 1, 1, 2, 4))):
+        at = chance.randrange(len(mutated) + 1)
+        to = min(len(mutated), at + chance.choice((1, 1, 2, 8, 60)))
+        kind = chance.randrange(6)
+        if kind == 0 and at < len(mutated):
+            mutated[at] ^= 1 << chance.randrange(8)
+        elif kind == 1:
+            mutated[at:to] = chance.randbytes(to - at)
+        elif kind == 2:
+            mutated[at:to] = b""
+        elif kind == 3:
+            mutated[at:at] = mutated[at:to]
+        elif kind == 4:
+            mutated[at:at] = chance.choice(SPLICES)
+        else:
+            mutated[at:to] = chance.choice(SPLICES)
+    return bytes(mutated)
+
+
+@needs_proc
+def test_fuzz(receiver: Receiver) -> None:
+    """Mutated requests: nothing but refusals, nothing stored, nothing left behind."""
+    event = track(messageId="fuzzed")
+    body = json.dumps(event).encode()
+    assert receiver.post(event).status == 200
+    length = f"Content-Length: {len(body)}"
+    text = body.decode()
+    seeds = [
+        message(POST, HOST, f"X-Signature: {sign(body)}", length, body=text),
+        message(f"PUT {TARGET} HTTP/1.1", "Host: receiver.example:443", "User-Agent: x",
+             "Content-Type: application/json", "Accept: */*", "Accept-Encoding: gzip",
+             length, f"X-Signature: {sign(body)}", "Expect: 100-continue", body=text),
+        message(POST, HOST, UNSIGNED, LENGTH),
+        get("Connection: keep-alive", target=f"/health?{TARGET.partition('?')[2]}"),
+    ]  # fmt: skip
+    stored = receiver.events().count_documents({})
+    allowed = {100, 200, 400, 401, 404, 405, 411, 413, 414, 431, 503}
+    total = 1_000_000 if LONG else 20_000
+    threads = 4
+
+    def fuzz(seed: int, requests: int) -> None:
+        chance = random.Random(seed)
+        while requests > 0:
+            several = [mutate(chance.choice(seeds), chance) for _ in range(4)]
+            sent = b"".join(several)
+            answers = talk(receiver.port, sent)
+            statuses = [status for status, _ in answers]
+            assert answers and set(statuses) <= allowed, (seed, sent, answers)
+            requests -= len(answers)
+
+    in_threads(threads, lambda index: fuzz(-index, 250))
+    time.sleep(0.3)
+    before = Footprint(receiver.process.pid)
+    in_threads(threads, lambda index: fuzz(index, total // threads))
+    wait_until(before.is_back)
+    after = Footprint(receiver.process.pid)
+    print(f"memory before and after: {before.mib:.1f}, {after.mib:.1f} MiB")
+    assert after.mib < before.mib + 10
+    assert receiver.events().count_documents({}) == stored
+    assert receiver.events().find_one({"_id": "fuzzed"}) == event | {"_id": "fuzzed"}
+    assert "Traceback" not in receiver.log and "internal error" not in receiver.log
+    assert receiver.post(track()).status == 200
+
+
+def test_no_changed_bit_of_a_signature_is_accepted(receiver: Receiver) -> None:
+    body = json.dumps(track(messageId="one bit")).encode()
+    digest = int(sign(body), 16)
+    head = message(POST, HOST, f"Content-Length: {len(body)}", "X-Signature: ", body="")[:-4]  # fmt: skip
+    requests = [
+        head + f"{digest ^ 1 << bit:040x}".encode() + b"\r\n\r\n" + body
+        for bit in range(160)
+    ]
+    answers = talk(receiver.port, b"".join(requests))
+    assert [status for status, _ in answers] == [401] * 160
+    text = sign(body).encode()
+    for bit in range(320):
+        changed = bytearray(text)
+        changed[bit // 8] ^= 1 << bit % 8
+        if changed.lower() == text:  # hexadecimal digits have no case
+            continue
+        answers = talk(receiver.port, head + changed + b"\r\n\r\n" + body)
+        assert answers[0][0] in (400, 401), changed
+    assert receiver.events().find_one({"_id": "one bit"}) is None
+    assert talk(receiver.port, head + text.upper() + b"\r\n\r\n" + body)[0][0] == 200
+
+
+def test_no_random_signature_secret_or_body_is_accepted(receiver: Receiver) -> None:
+    stored = receiver.events().count_documents({})
+    body = json.dumps(track(messageId="random")).encode()
+    right, empty = sign(body), sign(b"")
+    target = TARGET.encode()
+
+    def request(target: bytes, signature: str, body: bytes) -> bytes:
+        return b"POST %s HTTP/1.1\r\nHost: a\r\nX-Signature: %s\r\nContent-Length: %d\r\n\r\n%s" % (
+            target, signature.encode(), len(body), body)  # fmt: skip
+
+    def secret(chance: random.Random) -> bytes:
+        octets = chance.randbytes(chance.randrange(1, 24))
+        return b"/webhook?secret=" + b"".join(b"%%%02x" % octet for octet in octets)
+
+    def attempt(seed: int) -> None:
+        chance = random.Random(seed)
+        for _ in range(50):
+            several = []
+            for _ in range(50):
+                other = chance.randbytes(chance.randrange(200))
+                several += [
+                    request(target, chance.randbytes(20).hex(), body),
+                    request(target, right, other),
+                    # Without a body, since one that is not read ends the connection.
+                    request(secret(chance), empty, b""),
+                ]
+            answers = talk(receiver.port, b"".join(several))
+            assert [status for status, _ in answers] == [401] * 150
+
+    in_threads(4, attempt)
+    assert receiver.events().count_documents({}) == stored
+
+
+# --- Hostile clients: slow ones -----------------------------------------------------------------
+
+
+def hurried(**constants: float) -> tuple[str, ...]:
+    """Returns the command of a receiver with shorter deadlines."""
+    assignments = "; ".join(f"receiver.{name} = {value}" for name, value in constants.items())  # fmt: skip
+    start = f"sys.path.insert(0, {str(HERE)!r}); import receiver; {assignments}"
+    return (sys.executable, "-c", f"import sys; {start}; sys.exit(receiver.main())")
+
+
+@pytest.fixture(scope="session")
+def hurried_receiver(
+    tmp_path_factory: pytest.TempPathFactory, mongod: Mongod
+) -> Iterator[Receiver]:
+    """A receiver whose deadlines are a second."""
+    command = hurried(
+        HEAD_SECONDS=1, BODY_SECONDS=1, BODY_BYTES_PER_SECOND=1e9, IDLE_SECONDS=1,
+        SEND_SECONDS=1, LINGER_SECONDS=1, CHECK_SECONDS=0.1,
+    )  # fmt: skip
+    # Without a public secret every stranger gets as far as the body.
+    receiver = Receiver(
+        tmp_path_factory.mktemp("hurried"),
+        mongod.uri,
+        command=command,
+        SEGMENT_PUBLIC_SECRET="",
+    )
+    yield receiver
+    assert receiver.stop() == 0
+    assert "Traceback" not in receiver.log
+
+
+NO_BODY = f"POST /webhook HTTP/1.1\r\n{HOST}\r\n{UNSIGNED}\r\nContent-Length: 40\r\n\r\n".encode()  # fmt: skip
+SLOW = [
+    ("nothing", b"", b"", None),
+    ("half an empty line", b"\r", b"", None),
+    ("a part of a request line", b"GET /hea", b"", 408),
+    ("a part of a head", HEALTH[:-3].encode(), b"", 408),
+    ("a head byte by byte", HEALTH[:-4].encode(), b"x", 408),
+    ("a first head byte by byte", b"G", b"E", 408),
+    ("no body", NO_BODY, b"", 408),
+    ("a part of a body", NO_BODY + b"{", b"", 408),
+    ("a body byte by byte", NO_BODY, b" ", 408),
+    ("idle after a request", HEALTH.encode(), b"", 200),
+    ("a second head byte by byte", HEALTH.encode() + HEALTH[:-4].encode(), b"x", 408),
+]
+
+
+def test_deadlines_hold_however_slowly_bytes_come(hurried_receiver: Receiver) -> None:
+    """One byte every tenth of the time extends none of them, and whoever listens is told."""
+
+    def attempt(index: int) -> tuple[float, bytes]:
+        _, first, trickle, _ = SLOW[index]
+        received = b""
+        began = time.monotonic()
+        with socket.create_connection(("127.0.0.1", hurried_receiver.port)) as client:
+            client.settimeout(0.1)
+            with contextlib.suppress(ConnectionError):
+                client.sendall(first)
+                while time.monotonic() < began + 20:
+                    with contextlib.suppress(TimeoutError):
+                        part = client.recv(4096)
+                        received += part
+                        if not part:
+                            break
+                    client.sendall(trickle)
+        return time.monotonic() - began, received
+
+    with concurrent.futures.ThreadPoolExecutor(len(SLOW)) as executor:
+        results = list(executor.map(attempt, range(len(SLOW))))
+    for (name, _, _, status), (seconds, received) in zip(SLOW, results):
+        assert 0.8 < seconds < 10, name
+        statuses = [int(part[:3]) for part in received.split(b"HTTP/1.1 ")[1:]]
+        assert statuses[-1:] == ([status] if status else []), name
+
+
+def small_client(port: int) -> socket.socket:
+    """Returns a connection that takes in as little as the system lets it."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    client.settimeout(0.3)
+    client.connect(("127.0.0.1", port))
+    return client
+
+
+@needs_proc
+@pytest.mark.parametrize("kind", ["answers", "interim answers"])
+def test_a_client_that_does_not_read_is_dropped(
+    start: Callable[..., Receiver], kind: str
+) -> None:
+    """Also when what it does not read is ``100 Continue``; the send buffer is made small."""
+    (python, option, program) = hurried(
+        HEAD_SECONDS=1, BODY_SECONDS=1, IDLE_SECONDS=1, SEND_SECONDS=1, LINGER_SECONDS=1,
+    )  # fmt: skip
+    small = (
+        "import socket, socketserver; bind = socketserver.TCPServer.server_activate; "
+        "socketserver.TCPServer.server_activate = lambda server: (server.socket.setsockopt("
+        "socket.SOL_SOCKET, socket.SO_SNDBUF, 2304), bind(server)); "
+    )
+    receiver = start(
+        command=(python, option, small + program), SEGMENT_PUBLIC_SECRET=""
+    )
+    before = Footprint(receiver.process.pid)
+    clients = []
+    expecting = NO_BODY.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")
+
+    def attempt(index: int) -> None:
+        client = small_client(receiver.port)
+        clients.append(client)
+        with contextlib.suppress(OSError):
+            client.sendall(get() * index)
+            if kind == "answers":
+                for _ in range(100):
+                    client.sendall(get() * 100)
+            time.sleep(0.1)
+            client.sendall(expecting)
+            for _ in range(100):
+                client.sendall(BODY.encode() + expecting)
+                time.sleep(0.01)
+
+    in_threads(40, attempt)
+    wait_until(before.is_back, 20)
+    assert receiver.post(track(), target="/webhook").status == 200
+    for client in clients:
+        client.close()
+
+
+# --- Hostile clients: many of them --------------------------------------------------------------
+
+
+def test_idle_and_slow_connections_do_not_keep_segment_out(
+    start: Callable[..., Receiver],
+) -> None:
+    receiver = start("--max-connections", "20")
+    heads = [b"", b"POST /web", POST.encode() + b"\r\n", message(POST, HOST, UNSIGNED, "Content-Length: 9999", body="")]  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        for index in range(100):
+            address = ("127.0.0.1", receiver.port)
+            client = stack.enter_context(socket.create_connection(address, 30))
+            with contextlib.suppress(ConnectionError):
+                client.sendall(heads[index % len(heads)])
+            if index % 5 == 0:
+                assert receiver.post(track()).status == 200
+        assert receiver.get("/health").status == 200
+        began = time.monotonic()
+        assert all(receiver.post(track()).status == 200 for _ in range(50))
+        assert time.monotonic() - began < 10
+
+
+def test_who_makes_room_is_told_to_try_again(start: Callable[..., Receiver]) -> None:
+    """408 would be the end of an authentic event: Segment does not repeat a 4xx."""
+    receiver = start("--max-connections", "5")
+    body = json.dumps(track()).encode()
+    request = message(POST, HOST, f"X-Signature: {sign(body)}", f"Content-Length: {len(body)}",
+                   body=body.decode())  # fmt: skip
+    address = ("127.0.0.1", receiver.port)
+    for cut in (10, len(request) - 10):
+        with contextlib.ExitStack() as stack:
+            client = stack.enter_context(socket.create_connection(address, 30))
+            client.sendall(request[:cut])
+            time.sleep(0.1)
+            for _ in range(5):
+                stack.enter_context(socket.create_connection(address, 30))
+            answer = client.recv(4096)
+            assert answer.startswith(b"HTTP/1.1 503 "), answer
+            assert b"\r\nRetry-After: " in answer
+
+
+@needs_proc
+def test_runs_out_of_file_descriptors_without_spinning(
+    start: Callable[..., Receiver],
+) -> None:
+    script = f"ulimit -n 80; exec {sys.executable} {HERE / 'receiver.py'}"
+    receiver = start(command=("/bin/sh", "-c", script))
+    address = ("127.0.0.1", receiver.port)
+    with contextlib.ExitStack() as stack:
+        for _ in range(150):
+            stack.enter_context(socket.create_connection(address, 30))
+        began = time.monotonic()
+        assert receiver.post(track()).status == 200
+        assert time.monotonic() - began < 8
+    assert "Traceback" not in receiver.log
+
+
+if LONG:
+
+    @needs_proc
+    def test_2000_slow_connections(start: Callable[..., Receiver]) -> None:
+        receiver = start("--max-connections", "512")
+        address = ("127.0.0.1", receiver.port)
+        kinds = [
+            b"",
+            b"POST /web",
+            message(POST, HOST, UNSIGNED, "Content-Length: 9999", body=""),
+            get() * 20,  # and never reads
+        ]
+        stop = threading.Event()
+
+        def flood(index: int) -> None:
+            """Keeps up to 500 connections of a kind, a byte a second on each, 100 new a second."""
+            while not stop.wait(1):
+                for client in list(mine[index]):
+                    try:
+                        client.send(b"x")
+                    except BlockingIOError:
+                        pass
+                    except OSError:
+                        client.close()
+                        mine[index].remove(client)
+                for _ in range(min(500 - len(mine[index]), 100 if began else 500)):
+                    client = socket.create_connection(address, 30)
+                    mine[index].append(client)
+                    client.setblocking(False)
+                    with contextlib.suppress(OSError):
+                        client.send(kinds[index])
+                    opened[index] += 1
+
+        began = 0.0
+        mine: list[list[socket.socket]] = [[] for _ in kinds]
+        opened = [0] * len(kinds)
+        seconds = []
+        flooders = [threading.Thread(target=flood, args=(index,)) for index in range(4)]
+        for flooder in flooders:
+            flooder.start()
+        try:
+            wait_until(lambda: sum(opened) >= 2000, 60)
+            for _ in range(300):
+                began = time.monotonic()
+                assert receiver.post(track()).status == 200
+                seconds.append(time.monotonic() - began)
+                time.sleep(0.05)
+            most = Footprint(receiver.process.pid)
+        finally:
+            stop.set()
+            for flooder in flooders:
+                flooder.join()
+        for clients in mine:
+            for client in clients:
+                client.close()
+        seconds.sort()
+        print(f"300 good requests among 2,000 slow connections: median {seconds[150] * 1000:.0f} ms, "
+              f"slowest {seconds[-1] * 1000:.0f} ms; {most.threads} threads, {most.mib:.0f} MiB, "
+              f"{sum(opened)} connections in all")  # fmt: skip
+        assert seconds[-1] < 1
+
+
+if LONG:
+
+    @needs_proc
+    @pytest.mark.parametrize("secret", ["right", "wrong"])
+    def test_256_large_bodies_at_once(
+        start: Callable[..., Receiver], secret: str
+    ) -> None:
+        receiver = start()
+        target = TARGET if secret == "right" else "/webhook?secret=wrong"
+        receiver.post(track())
+        before = Footprint(receiver.process.pid)
+        most = [before.mib]
+        done = threading.Event()
+        statuses: list[int] = []
+        body = json.dumps(track(properties={"text": "x" * (LIMIT - 400)})).encode()
+        signature = sign(body)
+
+        def watch() -> None:
+            while not done.wait(0.01):
+                most.append(Footprint(receiver.process.pid).mib)
+
+        def attempt(index: int) -> None:
+            answer = receiver.post(body, target=target, signature=signature)
+            statuses.append(answer.status)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        in_threads(256, attempt)
+        done.set()
+        watcher.join()
+        after = Footprint(receiver.process.pid)
+        counts = {status: statuses.count(status) for status in sorted(set(statuses))}
+        print(f"256 bodies of 4 MiB with the {secret} secret: answers {counts}, memory before "
+              f"{before.mib:.0f}, at most {max(most):.0f}, after {after.mib:.0f} MiB")  # fmt: skip
+        if secret == "right":
+            assert set(statuses) <= {200, 503} and 200 in statuses
+            assert max(most) < 300
+        else:
+            assert set(statuses) == {401}
+            assert (
+                max(most) < before.mib + 40
+            )  # threads' stacks and what they receive into
+        wait_until(before.is_back)
+
+
+# --- Hostile clients: what they may learn -------------------------------------------------------
+
+
+def test_answers_and_log_give_nothing_away(start: Callable[..., Receiver]) -> None:
+    receiver = start()
+    requests = [request for _, _, request in CLOSING] + [
+        get(target="/nowhere?secret=private-query"),
+        get(target="/\x1b[31m"),
+        get("X: \x1b[31mred\x07"),
+        message("\x1b[31mGET / HTTP/1.1", HOST),
+        message("POST /webhook?secret=private-query HTTP/1.1", HOST, LENGTH),
+    ]
+    answers = [
+        answer
+        for request in requests
+        for answer in receiver.raw(request, half_close=True)
+    ]
+    signed = [
+        b"\xff",
+        b"{",
+        b"[1]",
+        b"NaN",
+        b'{"a":1}x',
+        b"[" * 5000,
+        b'{"a":NaN}',
+        b"",
+    ]
+    answers += [receiver.post(body) for body in signed]
+    for answer in answers:
+        assert "Server" not in answer.headers
+        text = (str(answer.headers) + answer.payload.decode()).lower()
+        for word in ("python", "traceback", "receiver.py", "pymongo", "codec", "exception",
+                     "private-query", SHARED, PUBLIC, "public%2f"):  # fmt: skip
+            assert word.lower() not in text, answer
+    receiver.stop()
+    for secret in (SHARED, PUBLIC, "public%2Fsecret", "private-query", "stolen"):
+        assert secret not in receiver.log
+    assert all(c == "\n" or c.isprintable() for c in receiver.log)
+    assert "Traceback" not in receiver.log
+
+
+def test_a_wrong_secret_looks_like_a_missing_one(receiver: Receiver) -> None:
+    body = b"{}"
+    answers = [
+        receiver.post(body, target=target)
+        for target in ("/webhook", "/webhook?secret=", "/webhook?secret=wrong", "/webhook?secret=%00", "/webhook?x")
+    ]  # fmt: skip
+    for answer in answers:
+        assert answer.status == 401
+        assert answer.payload == answers[0].payload
+        assert answer.headers.keys() == answers[0].headers.keys()
+
+
+def test_a_flood_of_bad_requests_is_summarised(start: Callable[..., Receiver]) -> None:
+    receiver = start(command=hurried(COUNT_SECONDS=1.5))
+    lines = receiver.log.count("\n")
+    bad = [CLOSING[index % len(CLOSING)][2] for index in range(1000)]
+    in_threads(
+        4, lambda index: [talk(receiver.port, b) for b in bad[index::4]] and None
+    )
+    wait_until(lambda: re.search(r"[0-9]+ x 40[01]", receiver.log))
+    assert receiver.log.count("\n") - lines < 60
+    long_window = start()
+    lines = long_window.log.count("\n")
+    in_threads(4, lambda index: [talk(long_window.port, b) for b in bad[index::4]] and None)  # fmt: skip
+    assert long_window.log.count("\n") - lines < 20
+
+
+# --- Demo mode ----------------------------------------------------------------------------------
+
+EVENTS = "/events?secret=public%2Fsecret+%C3%A4"
+
+
+@pytest.fixture(scope="session")
+def demo_receiver(
+    tmp_path_factory: pytest.TempPathFactory, mongod: Mongod
+) -> Iterator[Receiver]:
+    receiver = Receiver(tmp_path_factory.mktemp("demo"), mongod.uri, "--demo")
+    yield receiver
+    assert receiver.stop() == 0
+    assert "Traceback" not in receiver.log
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "127.0.0.1:8080", "localhost", "localhost:1", "[::1]:8080", "127.9.9.9"]
+)  # fmt: skip
+def test_demo_answers_a_loopback_host(demo_receiver: Receiver, host: str) -> None:
+    assert demo_receiver.get(EVENTS, Host=host).status == 200
+    assert demo_receiver.get("/", Host=host).status in (
+        200,
+        404,
+    )  # 404 without demo_receiver.html
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "evil.example:8080",
+     "localhost,evil.example", "10.0.0.1", "0.0.0.0", "169.254.169.254", "[::]", "2130706433", ""],
+)  # fmt: skip
+def test_demo_refuses_another_host(demo_receiver: Receiver, host: str) -> None:
+    """DNS rebinding: a web site's name that resolves to 127.0.0.1 makes us its origin."""
+    for method, target in [("GET", EVENTS), ("GET", "/"), ("OPTIONS", "/webhook")]:
+        request = message(f"{method} {target} HTTP/1.1", f"Host: {host}", "Connection: close", body="")  # fmt: skip
+        [answer] = demo_receiver.raw(request)
+        assert answer.status == 403
+        assert "Access-Control-Allow-Methods" not in answer.headers
+    [answer] = demo_receiver.raw(message("GET / HTTP/1.0", body=""))
+    assert answer.status == 403
+
+
+def test_demo_events_need_the_secret(demo_receiver: Receiver) -> None:
+    event = track()
+    assert demo_receiver.post(event).status == 200
+    assert event["messageId"] in demo_receiver.get(EVENTS).payload.decode()
+    assert len(demo_receiver.get(EVENTS + "&limit=1").json) == 1
+    for target in ("/events", "/events?secret=", "/events?secret=wrong", EVENTS + "&secret=x"):  # fmt: skip
+        answer = demo_receiver.get(target)
+        assert answer.status == 401
+        assert event["messageId"] not in answer.payload.decode()
+    for limit in ("0", "-1", "101", "1e2", "999999999999", "x", "%D9%A5"):
+        assert demo_receiver.get(f"{EVENTS}&limit={limit}").status == 400
+
+
+def test_cors_is_for_pages_of_this_machine(demo_receiver: Receiver) -> None:
+    for origin in ("null", "http://127.0.0.1:8000", "http://localhost", "https://[::1]:1"):  # fmt: skip
+        for answer in (
+            demo_receiver.get(EVENTS, Origin=origin),
+            demo_receiver.post(b"{}", signature="0" * 40, Origin=origin),
+            demo_receiver.request("OPTIONS", "/webhook", Origin=origin),
+        ):
+            assert answer.headers["Access-Control-Allow-Origin"] == origin
+            assert "Origin" in answer.headers["Vary"]
+            assert "Access-Control-Allow-Credentials" not in answer.headers
+    preflight = demo_receiver.request("OPTIONS", "/webhook", Origin="null")
+    assert preflight.status in (200, 204)
+    assert "X-Signature" in preflight.headers["Access-Control-Allow-Headers"]
+    for origin in (
+        "http://evil.example", "http://127.0.0.1.evil.example", "http://localhost.evil.example",
+        "http://evil.example:80", "https://localhost@evil.example", "file://", "*", "",
+        "http://127.0.0.1 http://evil.example", "NULL", "ftp://localhost", "http://[::1",
+    ):  # fmt: skip
+        if origin != "http://[::1":
+            answer = demo_receiver.get(EVENTS, Origin=origin)
+            assert "Access-Control-Allow-Origin" not in answer.headers, origin
+
+
+def test_without_demo_there_is_nothing_of_it(receiver: Receiver) -> None:
+    for target in ("/", "/demo_receiver.html", EVENTS, "/events"):
+        answer = receiver.get(target, Host="127.0.0.1", Origin="null")
+        assert answer.status == 404
+        assert "Access-Control-Allow-Origin" not in answer.headers
+    answer = receiver.request("OPTIONS", "/webhook", Origin="null")
+    assert answer.status == 405
+    assert answer.headers["Allow"] == "PATCH, POST, PUT"
+    for answer in (receiver.get("/health", Origin="null"), receiver.post(track(), Origin="null")):  # fmt: skip
+        assert answer.status == 200
+        assert not any(name.startswith("Access-Control") for name in answer.headers)
+
+
+# --- Clients and proxies ------------------------------------------------------------------------
+
+
+def webhook_url(port: int) -> str:
+    return f"http://127.0.0.1:{port}{TARGET}"
+
+
+def run_client(*command: str, cwd: Path | None = None, **environment: str) -> str:
+    result = subprocess.run(
+        command,
+        check=False,
+        cwd=cwd,
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def needs(program: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not shutil.which(program), reason=f"no {program} here")
+
+
+@needs("curl")
+@pytest.mark.parametrize("version", ["--http1.0", "--http1.1"])
+@pytest.mark.parametrize("size", [10, 3_000_000])
+def test_curl(receiver: Receiver, tmp_path: Path, version: str, size: int) -> None:
+    """Here it sends ``Expect: 100-continue`` with small bodies too, and waits long."""
+    event = track(properties={"text": "x" * size})
+    body = json.dumps(event).encode()
+    (tmp_path / "body").write_bytes(body)
+    url = webhook_url(receiver.port)
+    expect = ["-H", "Expect: 100-continue"] if version == "--http1.1" else []
+    one = [url, "-X", "PUT", "-H", f"X-Signature: {sign(body)}", *expect,
+           "--data-binary", "@body", "-w", r"\n%{http_code} %{num_connects}\n"]  # fmt: skip
+    output = run_client("curl", "-sS", version, "--expect100-timeout", "20", *one, "--next",
+                        "-sS", version, "--expect100-timeout", "20", *one, cwd=tmp_path)  # fmt: skip
+    first, codes, second, codes_again = filter(None, output.split("\n"))
+    id_ = {"insertedId": event["messageId"]}
+    assert (json.loads(first), json.loads(second)) == (id_, id_ | {"duplicate": True})
+    assert codes == "200 1"
+    assert codes_again == ("200 0" if version == "--http1.1" else "200 1")
+
+
+def test_http_client_keeps_its_connection(receiver: Receiver) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", receiver.port, timeout=30)
+    with contextlib.closing(connection):
+        connection.connect()
+        own = connection.sock.getsockname()
+        for number in range(50):
+            body = json.dumps(track(properties={"number": number})).encode()
+            headers = {"X-Signature": sign(body)}
+            connection.request(
+                ("POST", "PUT", "PATCH")[number % 3], TARGET, body, headers
+            )
+            response = connection.getresponse()
+            assert response.status == 200
+            assert "insertedId" in json.loads(response.read())
+        assert connection.sock.getsockname() == own
+
+
+NODE_CLIENT = """
+const crypto = require("crypto");
+const [url, secret] = process.argv.slice(1);
+(async () => {
+  const statuses = [];
+  for (let n = 0; n < 20; n++) {
+    const body = JSON.stringify({ messageId: `node-${Date.now()}-${n}`, type: "track", text: "ä\\u2028🙂".repeat(n * 1000) });
+    const signature = crypto.createHmac("sha1", secret).update(body).digest("hex");
+    const method = ["POST", "PUT", "PATCH"][n % 3];
+    const answer = await fetch(url, { method, body, headers: { "X-Signature": signature, "Content-Type": "application/json" } });
+    statuses.push(answer.status, Object.keys(await answer.json())[0]);
+  }
+  console.log([...new Set(statuses)].join(" "));
+})();
+"""
+
+
+@needs("node")
+def test_node_fetch(receiver: Receiver) -> None:
+    """The client that Segment is most like."""
+    output = run_client("node", "-e", NODE_CLIENT, webhook_url(receiver.port), SHARED)
+    assert output.split() == ["200", "insertedId"]
+
+
+GO = """
+package main
+
+import ("bytes"; "crypto/hmac"; "crypto/sha1"; "encoding/hex"; "fmt"; "io"; "net/http"; "os"; "time")
+
+func main() {
+	for n := 0; n < 10; n++ {
+		body := []byte(fmt.Sprintf(`{"messageId":"go-%d-%d"}`, time.Now().UnixNano(), n))
+		mac := hmac.New(sha1.New, []byte(os.Args[2]))
+		mac.Write(body)
+		request, _ := http.NewRequest("POST", os.Args[1], bytes.NewReader(body))
+		request.Header.Set("X-Signature", hex.EncodeToString(mac.Sum(nil)))
+		request.Header.Set("Expect", "100-continue")
+		answer, err := http.DefaultClient.Do(request)
+		if err != nil { panic(err) }
+		io.Copy(io.Discard, answer.Body)
+		answer.Body.Close()
+		fmt.Println(answer.StatusCode)
+	}
+}
+"""
+
+
+if LONG:
+
+    @needs("go")
+    def test_go_client(receiver: Receiver, tmp_path: Path) -> None:
+        (tmp_path / "main.go").write_text(GO)
+        cache = {"GOCACHE": str(tmp_path / "cache"), "GOFLAGS": "-mod=mod", "GOTOOLCHAIN": "local"}  # fmt: skip
+        url = webhook_url(receiver.port)
+        output = run_client("go", "run", "main.go", url, SHARED, cwd=tmp_path, **cache)
+        assert output.split() == ["200"] * 10
+
+
+NGINX = """
+daemon off;
+pid nginx.pid;
+error_log error.log;
+events {}
+http {
+    access_log off;
+    client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path fastcgi;
+    uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+    upstream receiver { server 127.0.0.1:%d; keepalive 8; }
+    server {
+        listen 127.0.0.1:%d;
+        client_max_body_size 4m;
+        client_body_buffer_size 4m;
+        location / {
+            proxy_pass http://receiver;
+            proxy_http_version 1.1;
+            proxy_set_header Connection "";
+            proxy_set_header Host $host;
+            proxy_read_timeout 10s;
+        }
+    }
+}
+"""
+
+
+@needs("nginx")
+def test_behind_nginx(receiver: Receiver, tmp_path: Path) -> None:
+    port = free_port()
+    (tmp_path / "nginx.conf").write_text(NGINX % (receiver.port, port))
+    command = ("nginx", "-p", str(tmp_path), "-c", "nginx.conf")
+    run_client(*command, "-t", cwd=tmp_path)
+    nginx = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    proxied = copy.copy(receiver)
+    proxied.port = port
+    try:
+        wait_until(proxied.answers)
+        for size in (10, 100, 100_000, 3_000_000):
+            for method in ("POST", "PUT", "PATCH"):
+                event = track(properties={"text": "x" * size})
+                answer = proxied.post(event, method=method)
+                assert answer.json == {"insertedId": event["messageId"]}
+        # nginx takes chunks from the client and hands on a length.
+        body = json.dumps(track()).encode()
+        chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+        [answer] = proxied.raw(
+            message(POST, HOST, f"X-Signature: {sign(body)}", "Transfer-Encoding: chunked",
+                 "Connection: close", body=chunked.decode())
+        )  # fmt: skip
+        assert answer.status == 200
+        # What nginx lets through of the table of bad requests is refused behind it, or is fine.
+        for status, name, request in CLOSING[::5]:
+            with contextlib.suppress(TimeoutError):
+                for got, _ in talk(port, request):
+                    assert got not in (500, 502, 504), (name, got)
+        assert proxied.post(track()).status == 200
+    finally:
+        nginx.terminate()
+        nginx.wait()
+
+
+def test_no_hostile_request_was_stored(receiver: Receiver) -> None:
+    """The last: none of the bodies in the tables above is in the collection."""
+    assert receiver.events().find_one({"_id": "stolen"}) is None
+    assert receiver.log.count("\n") < 400
 
 
 # --- Guarantees: nothing acknowledged is lost ---------------------------------------------------
