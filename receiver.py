@@ -92,12 +92,10 @@ def yes_or_no(text: str) -> bool:
     return text.lower() in {"1", "true", "yes", "on"}
 
 
-def setting(
-    help: str, *environment: str, default: Any, convert: Callable[[str], Any] = str
-) -> Any:
+def setting(default: Any, help: str, *environment: str, convert: Any = str) -> Any:
     """Declares a field that a flag of the same name or the environment sets."""
     metadata = {"help": help, "environment": environment, "convert": convert}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata, repr=False)
 
 
 SECRETS_HELP = """\
@@ -129,46 +127,40 @@ class Settings:
     demo: bool = False
     check: bool = False
     trust_batches: bool = setting(
+        False,
         "accept a batch of which Segment signed only the first event",
-        *("SEGMENT_TRUST_BATCHES",),
-        default=False,
+        "SEGMENT_TRUST_BATCHES",
         convert=yes_or_no,
     )
     mongodb_uri: str = setting(
+        "",
         f"connection string; empty: a MongoDB on {LOCAL_MONGODB}, else one started there",
-        *("MONGODB_URI",),
-        default="",
+        "MONGODB_URI",
     )
-    database: str = setting("database", "MONGODB_DATABASE", default="segment")
-    collection: str = setting("collection", "MONGODB_COLLECTION", default="events")
-    host: str = setting("address to listen on", "RECEIVER_HOST", default="127.0.0.1")
+    database: str = setting("segment", "database", "MONGODB_DATABASE")
+    collection: str = setting("events", "collection", "MONGODB_COLLECTION")
+    host: str = setting("127.0.0.1", "address to listen on", "RECEIVER_HOST")
     port: int = setting(
-        "port to listen on",
-        *("RECEIVER_PORT", "PORT"),
-        default=8080,
-        convert=whole_number(0, 65535),
+        8080, "port", "RECEIVER_PORT", "PORT", convert=whole_number(0, 65535)
     )
     data_dir: str = setting(
+        "data",
         "folder of spool/, rejected/ and mongodb/",
         *("RECEIVER_DATA_DIR", "STATE_DIRECTORY"),
-        default="data",
     )
     max_body_bytes: int = setting(
-        "largest request body",
-        *("RECEIVER_MAX_BODY_BYTES",),
-        default=4 * MIB,
-        convert=whole_number(1, GIB),
+        4 * MIB, "largest body", "RECEIVER_MAX_BODY_BYTES", convert=whole_number(1, GIB)
     )
     max_connections: int = setting(
+        512,
         "most connections at once, a thread each",
-        *("RECEIVER_MAX_CONNECTIONS",),
-        default=512,
+        "RECEIVER_MAX_CONNECTIONS",
         convert=whole_number(1, 100_000),
     )
     max_spool_bytes: int = setting(
+        GIB,
         "largest size of spool/, and of rejected/",
-        *("RECEIVER_MAX_SPOOL_BYTES",),
-        default=GIB,
+        "RECEIVER_MAX_SPOOL_BYTES",
         convert=whole_number(0, 1 << 60),
     )
 
@@ -197,7 +189,7 @@ class Settings:
                 "--" + option.name.replace("_", "-"),
                 nargs="?" if option.type == "bool" else None,
                 const="yes" if option.type == "bool" else None,
-                help=f"{option.metadata['help']} [{where}; default {option.default}]",
+                help=f"{option.metadata['help']} [{where}; default {option.default or 'none'}]",
             )
         flags = vars(parser.parse_args(arguments))
         if re.search("//[^/@]*:[^/@]*@", flags["mongodb_uri"] or ""):
@@ -518,17 +510,24 @@ class Folder:
         self.path = path
         self.max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._sizes: dict[str, int] = {}
+        self._reserved = 0  # bytes that are being written
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for entry in os.scandir(path):
-            if entry.name.startswith(
-                ".tmp-"
-            ):  # cut off as it was written: never promised
-                with contextlib.suppress(OSError):
-                    os.unlink(entry)
-            elif entry.is_file(follow_symlinks=False) and entry.name != ".lock":
-                self._sizes[entry.name] = entry.stat().st_size
+        for unfinished in path.glob(
+            ".tmp-*"
+        ):  # cut off as it was written: never promised
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+        self._scan()
+
+    def _scan(self) -> None:
+        with os.scandir(self.path) as entries:
+            self._sizes = {
+                entry.name: entry.stat().st_size
+                for entry in entries
+                if entry.is_file(follow_symlinks=False) and entry.name[0] != "."
+            }
         self.bytes = sum(self._sizes.values())
+        self._next_scan = time.monotonic() + 1
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -541,9 +540,15 @@ class Folder:
     def write(self, name: str, data: bytes) -> None:
         """Writes a file whole and durably, or not at all. Raises OSError."""
         with self._lock:
-            if self.bytes + len(data) > self.max_bytes:
+            size = self._reserved + len(data)
+            if (
+                self.bytes + size > self.max_bytes
+                and time.monotonic() > self._next_scan
+            ):
+                self._scan()  # an operator may have made room
+            if self.bytes + size > self.max_bytes:
                 raise OSError(errno.EDQUOT, f"limit of {self.max_bytes} bytes reached")
-            self.bytes += len(data)
+            self._reserved = size
         temporary = self.path / f".tmp-{threading.get_ident()}-{name}"
         try:
             with open(temporary, "xb", opener=private) as file:
@@ -552,15 +557,16 @@ class Folder:
                 os.fsync(file.fileno())
             os.replace(temporary, self.path / name)
             sync_folder(self.path)
-        except OSError:
             with self._lock:
-                self.bytes -= len(data)
+                self.bytes += len(data) - self._sizes.get(name, 0)
+                self._sizes[name] = len(data)
+        except OSError:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-        with self._lock:
-            self.bytes -= self._sizes.get(name, 0)
-            self._sizes[name] = len(data)
+        finally:
+            with self._lock:
+                self._reserved -= len(data)
 
     def remove(self, name: str) -> None:
         """Removes a file. Raises OSError."""
@@ -637,7 +643,8 @@ class Storage:
 
     Handler threads call ``store`` and wait. A committer takes all that waits and inserts
     it at once: one journal flush serves every event that came during the last one. While
-    ``up`` is false, batches go to the spool; a tender delivers it when MongoDB is back.
+    ``up`` is false, batches go to the spool; the tender (a thread in ``_tend``) delivers
+    it when MongoDB is back.
     ``counters`` are events since the start.
     """
 
@@ -1296,7 +1303,7 @@ class Handler(BaseHTTPRequestHandler):
         return as_json(200, {"insertedIds": ids} | counts)
 
     def health(self) -> Answer:
-        """Says whether events can be kept; the counters only to who knows the secret."""
+        """Says whether events can be kept; counters only to whoever knows the secret."""
         self.refuse_transfer_encoding()
         storage = self.storage
         failing = storage.failing
@@ -1566,7 +1573,7 @@ class Server(ThreadingHTTPServer):
     def show(self, result: str, document: Document) -> None:
         """Lets somebody who watches a terminal see each event land."""
         if self._shows_events:
-            log.info("%s: %s %s", result, document.label, document.id)
+            log.info("%s: %s", result, f"{document.label} {document.id}".strip())
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("connection failed")
@@ -1813,8 +1820,9 @@ def run(settings: Settings) -> int:
             fragment = "" if settings.public_secrets else f"#public={made_up}"
             print(f"demo page: {server.url}/{fragment}", flush=True)
         notify("READY=1")
-        while not stop.wait(3600):
-            pass
+        # stop.wait() would go on if another thread got the signal, as the kernel pleases.
+        while not stop.is_set():
+            time.sleep(0.1)
         notify("STOPPING=1")
         log.info("stopping")
         server.stop(5.0)

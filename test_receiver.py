@@ -492,7 +492,11 @@ def test_help_names_every_setting_with_its_environment_and_default() -> None:
     assert len(options) == 10
     for option in options:
         flag = "--" + option.name.replace("_", "-")
-        for word in (flag, *option.metadata["environment"], str(option.default)):
+        for word in (
+            flag,
+            *option.metadata["environment"],
+            str(option.default or "none"),
+        ):
             assert word in text
     for name in ("SEGMENT_SHARED_SECRET", "SEGMENT_PUBLIC_SECRET", "MONGOD", "--demo"):
         assert name in text
@@ -2869,8 +2873,8 @@ def test_torn_empty_and_foreign_files_are_set_aside_and_the_rest_delivered(
 
 
 @concurrently
-def test_past_its_limit_the_spool_answers_503_until_it_is_delivered(
-    without_mongodb: Callable[..., Receiver], mongod: Mongod
+def test_past_its_limit_the_spool_answers_503_until_there_is_room(
+    without_mongodb: Callable[..., Receiver], mongod: Mongod, tmp_path: Path
 ) -> None:
     receiver = without_mongodb("--max-spool-bytes", "20000")
     pad = "x" * 9000
@@ -2881,9 +2885,14 @@ def test_past_its_limit_the_spool_answers_503_until_it_is_delivered(
     health = receiver.get("/health")
     assert (health.status, health.json["status"]) == (503, "failing")
     assert [line for line in receiver.log.splitlines() if "limit" in line]
+    moved = max((receiver.data / "spool").iterdir())
+    moved.rename(tmp_path / moved.name)  # an operator makes room
+    wait_until(lambda: receiver.get("/health").status == 200)
+    assert receiver.post(track(pad=pad)).status == 202
+    (tmp_path / moved.name).rename(moved)
     come_back(receiver, mongod)
     assert receiver.post(track(pad=pad)).status == 200
-    assert receiver.events().count_documents({}) == 3
+    assert receiver.events().count_documents({}) == 4
 
 
 @concurrently
