@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import errno
 import hashlib
@@ -1839,7 +1838,10 @@ def bound_the_heap() -> None:
     bodies of 4 MiB at once then took 511 MiB and left 434, instead of 175 and 49.
     """
     if sys.platform == "linux":
-        with contextlib.suppress(AttributeError, OSError):  # musl has no mallopt
+        # musl has no mallopt, an old libffi no ctypes under MemoryDenyWriteExecute.
+        with contextlib.suppress(AttributeError, ImportError, MemoryError, OSError):
+            import ctypes
+
             ctypes.CDLL(None).mallopt(-3, 256 * KIB)  # M_MMAP_THRESHOLD
 
 

@@ -296,10 +296,11 @@ import os, signal, sys, receiver
 receiver.INSERT_SECONDS = 0.3
 step, moment = os.environ.get("CRASH", " ").split(" ")
 if step:
-    module = os if hasattr(os, step) else receiver.Storage
+    modules = (receiver.Storage, receiver.Folder, os)
+    module = next(module for module in modules if hasattr(module, step))
     real = getattr(module, step)
     def crash(*arguments, **options):
-        armed = os.path.exists("armed") and receiver.PROBE not in arguments[-2:][0:1]
+        armed = os.path.exists("armed") and [receiver.PROBE] not in arguments
         if armed and moment == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         result = real(*arguments, **options)
@@ -2998,7 +2999,7 @@ def test_a_crash_at_each_step_of_a_spool_write(
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-@pytest.mark.parametrize("step", ["_insert", "unlink"])
+@pytest.mark.parametrize("step", ["_insert", "remove"])
 @concurrently
 def test_a_crash_at_each_step_of_a_drain(
     without_mongodb: Callable[..., Receiver], mongod: Mongod, step: str, moment: str
