@@ -1850,7 +1850,8 @@ def run(settings: Settings) -> int:
     stop = threading.Event()
     for name in ("SIGTERM", "SIGINT", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP, nohup ignores it
-        if number and signal.getsignal(number) is not signal.SIG_IGN:
+        nohup = name == "SIGHUP" and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        if number and not nohup:
             signal.signal(number, lambda *_: stop.set())
     bound_the_heap()
     client = connect(settings.mongodb_uri)

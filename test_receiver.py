@@ -1272,7 +1272,9 @@ def test_a_terminal_shows_each_event_with_control_characters_escaped(
 def test_a_signal_finishes_the_requests_in_hand(
     start: Callable[..., Receiver], own_mongod: Mongod, number: int
 ) -> None:
-    receiver = start(uri=own_mongod.uri)
+    # A shell starts what runs in the background with SIGINT ignored.
+    script = f"trap '' INT; exec {sys.executable} {HERE / 'receiver.py'}"
+    receiver = start(uri=own_mongod.uri, command=("sh", "-c", script))
     idle = socket.create_connection(("127.0.0.1", receiver.port))
     event = track()
     own_mongod.process.send_signal(signal.SIGSTOP)
