@@ -3069,6 +3069,20 @@ def test_stopping_while_mongodb_is_away_spools_what_is_in_flight(
 
 
 @concurrently
+def test_stopping_after_mongodb_died_does_not_wait_for_it(
+    start: Callable[..., Receiver], own_mongod: Mongod
+) -> None:
+    """The driver ends its sessions with a server that is gone: 30 seconds if it may."""
+    receiver = start(uri=own_mongod.uri)
+    assert receiver.post(track()).status == 200
+    own_mongod.kill()
+    wait_until(lambda: receiver.health()["mongodb"] == "down")
+    started = time.monotonic()
+    assert receiver.stop() == 0
+    assert time.monotonic() - started < 10
+
+
+@concurrently
 def test_too_many_events_in_flight_are_503(
     start: Callable[..., Receiver], own_mongod: Mongod
 ) -> None:
