@@ -108,7 +108,8 @@ class Mongod:
         self.process.wait()
 
     def stop(self) -> None:
-        self.client.close()
+        with pymongo.timeout(0.5):  # to take leave of a mongod that may be dead
+            self.client.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
             self.kill()
