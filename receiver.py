@@ -29,6 +29,7 @@ import math
 import os
 import re
 import secrets
+import selectors
 import shutil
 import signal
 import socket
@@ -37,15 +38,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import formatdate
+from functools import partial
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 from urllib.parse import quote, unquote_to_bytes
 
 import bson
@@ -160,7 +162,7 @@ class Settings:
     )
     max_connections: int = setting(
         512,
-        "most connections at once, a thread each",
+        "most connections at once",
         "RECEIVER_MAX_CONNECTIONS",
         convert=whole_number(1, 100_000),
     )
@@ -466,7 +468,7 @@ def without_lone_surrogates(value: Any) -> Any:
 
 Client = pymongo.MongoClient[dict[str, Any]]
 
-ANSWER_SECONDS = 4.5  # Segment waits five
+ANSWER_SECONDS = 4.25  # Segment waits five; it is checked every CHECK_SECONDS
 INSERT_SECONDS = (
     1.8  # an event waits for the insert before its own at most, and its own
 )
@@ -474,9 +476,8 @@ DRAIN_SECONDS = 15.0
 PROBE_SECONDS = 0.5  # while MongoDB is down
 WATCH_SECONDS = 2.0  # while it is up
 WEDGED_SECONDS = 20.0
-# 256 connections, 20 ms to MongoDB (bench/run.py --latency 20): the median answer takes
-# 3.9 round trips with two, 2.8 with three, 3.0 with four, 3.2 with eight.
-COMMITTERS = 3
+COMMITTERS = 4
+BATCH_SECONDS = 0.005
 MAX_BATCH_EVENTS = 1000
 MAX_BATCH_BYTES = 16 * MIB
 MAX_WAITING_EVENTS = 20_000
@@ -639,26 +640,20 @@ def split_bson(data: bytes) -> tuple[list[bytes], bool]:
     return documents, 0 < position == len(data)
 
 
-class Submission:
-    """One request's documents on their way; ``done`` is released with the results."""
+class Submission(NamedTuple):
+    """One request's documents on their way; ``done`` is called with their results."""
 
-    __slots__ = ("documents", "done", "results")
-
-    def __init__(self, documents: list[bytes]) -> None:
-        self.documents = documents
-        self.results: list[Result] = []
-        self.done = threading.Lock()
-        self.done.acquire()
+    documents: list[bytes]
+    done: Callable[[list[Result]], None]
 
 
 class Storage:
     """Stores documents in MongoDB, or on disk while MongoDB cannot take them.
 
-    Handler threads call ``store`` and wait. A committer takes all that waits and inserts
-    it at once: one journal flush serves every event that came during the last one. While
-    ``up`` is false, batches go to the spool; the tender (a thread in ``_tend``) delivers
-    it when MongoDB is back.
-    ``counters`` are events since the start.
+    A committer takes all that was submitted and inserts it at once: one journal flush
+    serves every event that came during the last one. While ``up`` is false, batches go to
+    the spool; the tender (a thread in ``_tend``) delivers it when MongoDB is back.
+    ``counters`` are events since the start; ``wake`` is called after each batch.
     """
 
     def __init__(self, client: Client, settings: Settings) -> None:
@@ -677,12 +672,17 @@ class Storage:
         self._client = client
         self._disk_ok = True
         self._lock = threading.Lock()
-        self._queue: SimpleQueue[Submission | None] = SimpleQueue()
+        self.wake: Callable[[], None] = lambda: None
+        self._queue: deque[Submission] = deque()
         self._waiting = 0  # events in the queue or with a committer
+        self._turn = threading.Condition()  # of a committer; guards the next three
+        self._in_flight = 0  # batches with a committer
+        self._next_batch = 0.0  # when another may be sent beside them
+        self._timing = False  # whether a committer waits for that time
         self._busy_since = [math.inf] * COMMITTERS
         self._spool_numbers = itertools.count()
         self._stopping = threading.Event()
-        self._wake = threading.Event()  # set while MongoDB is down, and to stop
+        self._alarm = threading.Event()  # set while MongoDB is down, and to stop
         self._committers = [
             threading.Thread(target=self._commit_forever, args=(number,), daemon=True)
             for number in range(COMMITTERS)
@@ -701,28 +701,37 @@ class Storage:
     def close(self) -> None:
         """Stores or spools what waits, then stops."""
         self._stopping.set()
-        self._wake.set()
-        self._queue.put(None)
+        self._alarm.set()
+        with self._turn:
+            self._turn.notify_all()
         for thread in self._committers:
             thread.join(ANSWER_SECONDS)
         self._tender.join(0.5)  # what it has under way is still in the spool
         with pymongo.timeout(0.5):  # it takes leave of a MongoDB that may be gone
             self._client.close()
 
-    def store(self, documents: list[bytes], seconds: float) -> list[Result]:
-        """Returns what became of each document, in their order, within that time.
+    def submit(
+        self, documents: list[bytes], done: Callable[[list[Result]], None]
+    ) -> None:
+        """Has ``done`` called with what became of each document, in their order.
 
-        Raises Refused (503) when too much is in flight or it takes too long.
+        That is in another thread, after ``commit``. Raises Refused (503) when too much is
+        in flight.
         """
         with self._lock:
             if self._waiting and self._waiting + len(documents) > MAX_WAITING_EVENTS:
                 raise unavailable("too many events in flight")
             self._waiting += len(documents)
-        submission = Submission(documents)
-        self._queue.put(submission)
-        if not submission.done.acquire(timeout=max(seconds, 0)):
-            raise unavailable("not stored in time")
-        return submission.results
+        self._queue.append(Submission(documents, done))
+
+    def commit(self) -> None:
+        """Sends a committer on its way with all that was submitted."""
+        if self._queue:
+            with self._turn:
+                # One that waits for the time of the next batch, or that comes back from
+                # MongoDB, takes it anyway.
+                if not (self._in_flight and self._timing):
+                    self._turn.notify()
 
     def reject(self, data: bytes, reason: str, suffix: str, events: int = 1) -> None:
         """Keeps what can never be stored, and why. Raises Refused (503) if it cannot."""
@@ -738,6 +747,16 @@ class Storage:
         log.warning(
             "kept as %s: %s", self.rejected.path / (name + suffix), reason[:300]
         )
+
+    def newest(self, limit: int) -> list[dict[str, Any]]:
+        """Returns the documents that came last. Raises Refused (503) if it cannot."""
+        try:
+            with pymongo.timeout(INSERT_SECONDS):
+                newest = self.collection.find().sort("$natural", -1)
+                return list(newest.limit(limit))
+        except PyMongoError as error:
+            log.warning("the demo cannot read MongoDB: %s", brief(error))
+            raise unavailable("MongoDB cannot be read now") from None
 
     @property
     def failing(self) -> bool:
@@ -771,29 +790,41 @@ class Storage:
                 results = [unavailable("internal error")] * len(documents)
             with self._lock:
                 self._waiting -= len(documents)
+            with self._turn:
+                self._in_flight -= 1
             remaining = iter(results)
-            for submission in batch:
-                submission.results = [next(remaining) for _ in submission.documents]
-                submission.done.release()
+            for documents, done in batch:
+                done(list(itertools.islice(remaining, len(documents))))
+            self.wake()
             self._busy_since[number] = math.inf
 
     def _take(self) -> list[Submission]:
-        """Waits for a submission and returns all that are there; none at the end."""
-        batch: list[Submission] = []
-        events = size = 0
-        submission = self._queue.get()
-        while submission:
-            batch.append(submission)
-            events += len(submission.documents)
-            size += sum(map(len, submission.documents))
-            if events >= MAX_BATCH_EVENTS or size >= MAX_BATCH_BYTES:
-                return batch
-            try:
-                submission = self._queue.get_nowait()
-            except Empty:
-                return batch
-        self._queue.put(None)  # for the next committer
-        return batch
+        """Waits for its turn and returns all that waits by then; nothing at the end."""
+        with self._turn:
+            while True:
+                now = time.monotonic()
+                if self._queue and (not self._in_flight or now >= self._next_batch):
+                    break
+                if self._queue:
+                    self._timing = True
+                    self._turn.wait(self._next_batch - now)
+                    self._timing = False
+                elif self._stopping.is_set():
+                    return []
+                else:
+                    self._turn.wait()
+            batch: list[Submission] = []
+            events = size = 0
+            while self._queue and events < MAX_BATCH_EVENTS and size < MAX_BATCH_BYTES:
+                submission = self._queue.popleft()
+                batch.append(submission)
+                events += len(submission.documents)
+                size += sum(map(len, submission.documents))
+            self._in_flight += 1
+            self._next_batch = now + BATCH_SECONDS
+            if self._queue:
+                self._turn.notify()
+            return batch
 
     def _commit(self, documents: list[bytes]) -> list[Result]:
         """Stores a batch in MongoDB if it is up, else on disk."""
@@ -864,7 +895,7 @@ class Storage:
     def _went_down(self, error: Exception) -> None:
         with self._lock:
             was_up, self.up = self.up, False
-            self._wake.set()
+            self._alarm.set()
         if was_up:
             log.warning(
                 "MongoDB cannot take events, they go to %s until it can: %s",
@@ -874,7 +905,7 @@ class Storage:
     def _came_up(self) -> None:
         with self._lock:
             was_up, self.up = self.up, True
-            self._wake.clear()
+            self._alarm.clear()
         if not was_up:
             log.info("MongoDB takes events again")
 
@@ -902,7 +933,7 @@ class Storage:
             if trouble and trouble != last_trouble:
                 log.error("%s", trouble)
             last_trouble = trouble
-            self._wake.wait(WATCH_SECONDS)
+            self._alarm.wait(WATCH_SECONDS)
             pause = PROBE_SECONDS
 
     def _drain(self) -> None:
@@ -1010,12 +1041,18 @@ SEND_SECONDS = 10.0
 LINGER_SECONDS = 10.0
 STOP_IDLE_SECONDS = 0.5
 CHECK_SECONDS = 0.25
+MAX_ACCEPTS = 64
 COUNT_SECONDS = 60.0
 SMALL_BODY_BYTES = 64 * KIB  # max_connections bounds how many of these are held
 MAX_LARGE_BODY_BYTES = 64 * MIB  # for all larger ones together
 
-# What a connection is doing. Only a BUSY one has an event on its way to MongoDB.
+# What a connection is doing. Only a BUSY one may have an event on its way to MongoDB.
 IDLE, HEAD, BODY, BUSY, SEND, LINGER = range(6)
+
+# What it waits for.
+RESULT, READ, WRITE = 0, selectors.EVENT_READ, selectors.EVENT_WRITE
+T = TypeVar("T")
+Conversation = Generator[int, Any, T]
 
 
 class Head(NamedTuple):
@@ -1042,6 +1079,10 @@ class Answer(NamedTuple):
 
 def as_json(status: int, value: Any, headers: Mapping[str, str] = {}) -> Answer:
     return Answer(status, json.dumps(value).encode() + b"\n", headers)
+
+
+def refusal(refused: Refused) -> Answer:
+    return as_json(refused.status, {"error": refused.reason}, refused.headers)
 
 
 def parse_request_line(line: bytes) -> tuple[bytes, bytes, bytes]:
@@ -1108,86 +1149,137 @@ def parse_query(query: bytes) -> dict[bytes, bytes]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection, in a thread of its own.
+    """One connection: a conversation, which stops at each ``yield`` for what it names.
 
-    It blocks in ``recv`` and ``sendall`` without a timeout; when ``deadline`` has passed
-    the server calls ``expire``, so that no trickle of bytes extends it. ``phase`` says
-    what it is doing, ``since`` when it last completed a request (monotonic seconds).
+    READ and WRITE wait for the socket, RESULT for a call of what ``later`` returned. Thus
+    one thread serves all connections, none of which may keep it. When ``deadline`` has
+    passed the server raises an exception there, so that no trickle of bytes extends it.
+    ``phase`` says what it is doing, ``since`` when it last completed a request (monotonic
+    seconds).
     """
 
     server: Server
 
     def setup(self) -> None:
         self.connection: socket.socket = self.request
+        self.connection.setblocking(False)
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.settings = self.server.settings
         self.storage = self.server.storage
         self.buffer = b""
-        self.expired = False
-        self.evicted = False  # to make room: not the client's fault, so 503 and not 408
+        self.evicted = False  # to make room
         self.since = time.monotonic()
         self.enter(IDLE, HEAD_SECONDS)
+        self.conversation = self.converse()
+        self.waits_for = self.watched = RESULT
+        self.ticket: object = None  # of the result that it waits for
+
+    def handle(self) -> None:
         self.server.register(self)
 
     def finish(self) -> None:
-        """Lets the client read the answer: unread bytes turn a close into a reset."""
-        with contextlib.suppress(OSError):
-            if self.phase == LINGER:
-                self.connection.shutdown(socket.SHUT_WR)
-                while self.connection.recv(64 * KIB) and not self.expired:
-                    pass
-        self.server.unregister(self)
+        """The conversation has only begun."""
 
-    def enter(self, phase: int, seconds: float = math.inf) -> None:
+    def enter(self, phase: int, seconds: float) -> None:
         self.phase = phase
         self.deadline = time.monotonic() + seconds
 
-    def expire(self) -> None:
-        """Called by the server: ends reading, or an answer that nobody reads."""
-        self.expired = True
-        with contextlib.suppress(OSError):
-            both = self.phase == SEND
-            self.connection.shutdown(socket.SHUT_RDWR if both else socket.SHUT_RD)
+    def converse(self) -> Conversation[None]:
+        """Reads requests and answers them, until the connection is to be closed."""
+        yield from self.exchange()
+        while not self.close_connection:
+            if self.buffer:  # a pipelined request: first it is the others' turn
+                self.later()(None)
+                self.server.wake()
+                yield RESULT
+            yield from self.exchange()
+        if self.phase == LINGER:
+            # Unread bytes turn a close into a reset, and the answer could not be read.
+            self.connection.shutdown(socket.SHUT_WR)
+            while (yield from self.read()):
+                pass
 
-    def handle_one_request(self) -> None:
-        """Reads a request and answers it; called again until ``close_connection``."""
+    def exchange(self) -> Conversation[None]:
+        """Reads a request and answers it. Raises OSError when the client has gone."""
         self.close_connection = True
         self.head = Head()
         self.unread = 0  # bytes of the body that are still to come
         try:
-            try:
-                if not self.read_head():
-                    return
-                self.send(self.respond())
-            except Refused as refused:
-                self.server.count_refusal(refused)
-                self.send_refusal(refused)
-            except OSError:
-                raise
-            except Exception:
-                log.exception("internal error")
-                self.send_refusal(unavailable("internal error"))
-        except OSError:  # the client has gone
-            self.close_connection = True
+            if not (yield from self.read_head()):
+                return
+            answer = yield from self.respond()
+        except Refused as refused:
+            self.server.count_refusal(refused)
+            answer = refusal(refused)
+        except OSError:
+            raise
+        except Exception:
+            log.exception("internal error")
+            answer = refusal(unavailable("internal error"))
+        yield from self.send(answer)
         self.since = time.monotonic()
+
+    # Waiting
+
+    def read(self) -> Conversation[bytes]:
+        """Waits for bytes and returns them, none at their end."""
+        while True:
+            yield READ
+            try:
+                return self.connection.recv(64 * KIB)
+            except BlockingIOError:
+                pass
+
+    def write(self, data: bytes) -> Conversation[None]:
+        while True:
+            try:
+                data = data[self.connection.send(data) :]
+            except BlockingIOError:
+                pass
+            if not data:
+                return
+            yield WRITE
+
+    def later(self) -> Callable[[Any], None]:
+        """Returns what any thread may call, once, with the result that RESULT waits for."""
+        self.ticket = ticket = object()
+        return lambda result: self.server.post(self, ticket, result)
+
+    def in_thread(
+        self, executor: Executor, work: Callable[..., T], *arguments: Any
+    ) -> Conversation[T]:
+        """Has a thread do what would keep the other connections waiting."""
+        future = executor.submit(work, *arguments)
+        done = self.later()
+        future.add_done_callback(done)
+        future.add_done_callback(lambda _: self.server.wake())
+        try:
+            yield RESULT
+        finally:
+            future.cancel()
+        return future.result()
+
+    def in_turn(
+        self, size: int, work: Callable[..., T], *arguments: Any
+    ) -> Conversation[T]:
+        """Does it, if for a large body then in a thread, one such after the other."""
+        if size <= SMALL_BODY_BYTES:
+            return work(*arguments)
+        return (yield from self.in_thread(self.server.parser, work, *arguments))
 
     # Reading
 
-    def receive(self) -> bytes:
-        """Returns what comes next of a request. Raises Refused if it does not, in time."""
-        data = self.connection.recv(64 * KIB)
-        if self.evicted:
-            raise unavailable("too many connections")
-        if self.expired:
-            raise Refused(408, "the request was not complete in time")
+    def receive(self) -> Conversation[bytes]:
+        """Returns what comes next of a request. Raises Refused if nothing does."""
+        data = yield from self.read()
         if not data:
             raise Refused(400, "malformed HTTP: it ends too early")
         return data
 
-    def read_head(self) -> bool:
+    def read_head(self) -> Conversation[bool]:
         """Reads and parses a head; returns False if no request comes."""
         while self.buffer in (b"", b"\r", b"\r\n"):
-            data = self.connection.recv(64 * KIB)
+            data = yield from self.read()
             if not data:
                 return False
             self.buffer += data
@@ -1198,7 +1290,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.enter(HEAD, HEAD_SECONDS)
             check_incomplete_head(self.buffer, checked)
             checked = len(self.buffer)
-            self.buffer += self.receive()
+            self.buffer += yield from self.receive()
+        self.enter(BUSY, ANSWER_SECONDS)
         self.head = head = parse_head(self.buffer[:end])
         self.buffer = self.buffer[end + 4 :]
         self.unread = int(head.field(b"content-length") or b"0")
@@ -1210,27 +1303,27 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = b"close" in options or not wanted or not framed
         return True
 
-    def read_body(self) -> bytes:
+    def read_body(self) -> Conversation[bytes]:
         """Reads the whole body. Raises Refused."""
         length = self.unread
         if len(self.buffer) < length:
             expects = self.head.field(b"expect").lower() == b"100-continue"
             if expects and self.head.minor_version == b"1":  # RFC 9110 section 10.1.1
                 self.enter(SEND, SEND_SECONDS)
-                self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                yield from self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.enter(BODY, BODY_SECONDS + length / BODY_BYTES_PER_SECOND)
             data = bytearray(self.buffer)
             while len(data) < length:
-                data += self.receive()
+                data += yield from self.receive()
             self.buffer = bytes(data)
         body, self.buffer = self.buffer[:length], self.buffer[length:]
         self.unread = 0
-        self.enter(BUSY)
+        self.enter(BUSY, ANSWER_SECONDS)
         return body
 
     # Answering
 
-    def respond(self) -> Answer:
+    def respond(self) -> Conversation[Answer]:
         """Finds the route and returns its answer. Raises Refused."""
         methods = self.server.routes.get(self.head.path)
         if methods is None:
@@ -1239,14 +1332,12 @@ class Handler(BaseHTTPRequestHandler):
         if route is None:
             allowed = b", ".join(sorted(methods)).decode()
             raise Refused(405, "method not allowed", Allow=allowed)
-        return route(self)
+        answer = route(self)
+        return answer if isinstance(answer, Answer) else (yield from answer)
 
-    def send_refusal(self, refused: Refused) -> None:
-        self.send(as_json(refused.status, {"error": refused.reason}, refused.headers))
-
-    def send(self, answer: Answer) -> None:
+    def send(self, answer: Answer) -> Conversation[None]:
         """Sends an answer in one write, and decides whether the connection stays open."""
-        self.close_connection |= self.unread > 0 or self.expired or self.server.stopping
+        self.close_connection |= self.unread > 0 or self.evicted or self.server.stopping
         lines = [
             f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}",
             f"Date: {self.server.date}",
@@ -1262,7 +1353,7 @@ class Handler(BaseHTTPRequestHandler):
             lines.append("Connection: keep-alive")
         payload = b"" if self.head.method == b"HEAD" else answer.payload
         self.enter(SEND, SEND_SECONDS)
-        self.connection.sendall("\r\n".join((*lines, "", "")).encode() + payload)
+        yield from self.write("\r\n".join((*lines, "", "")).encode() + payload)
         if self.close_connection:
             self.enter(LINGER, LINGER_SECONDS)
         else:
@@ -1270,7 +1361,7 @@ class Handler(BaseHTTPRequestHandler):
 
     # Routes
 
-    def webhook(self) -> Answer:
+    def webhook(self) -> Conversation[Answer]:
         """Takes events. Checks run cheapest first, before a byte of the body is read."""
         self.require_secret(self.settings.public_secrets)
         self.refuse_transfer_encoding()
@@ -1282,23 +1373,25 @@ class Handler(BaseHTTPRequestHandler):
         if not SIGNATURE.fullmatch(signature):
             raise Refused(401, "X-Signature is missing or not 40 hexadecimal digits")
         with self.server.memory_for(self.unread):
-            body = self.read_body()
-            authenticate(body, signature, self.settings)
-            return self.store(body)
+            body = yield from self.read_body()
+            yield from self.in_turn(
+                len(body), authenticate, body, signature, self.settings
+            )
+            return (yield from self.store(body))
 
-    def store(self, body: bytes) -> Answer:
+    def store(self, body: bytes) -> Conversation[Answer]:
         """Stores an authentic body's events; what cannot be is kept before the answer."""
-        deadline = time.monotonic() + ANSWER_SECONDS
         try:
-            with self.server.turn_to_parse(len(body)):
-                is_batch, documents, faults = parse_events(body)
+            events = yield from self.in_turn(len(body), parse_events, body)
         except Refused as refused:
-            self.storage.reject(body, refused.reason, ".json")
+            yield from self.reject(body, refused.reason)
             raise
+        is_batch, documents, faults = events
         results: list[Result] = []
         if documents:
             encoded = [document.bson for document in documents]
-            results = self.storage.store(encoded, deadline - time.monotonic())
+            self.storage.submit(encoded, self.later())
+            results = yield RESULT
         ids = []
         for document, result in zip(documents, results):
             if not isinstance(result, Refused):
@@ -1309,7 +1402,7 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 faults.append(f"{document.id}: {result.reason}")
         if faults:
-            self.storage.reject(body, "\n".join(faults), ".json", len(faults))
+            yield from self.reject(body, "\n".join(faults), len(faults))
             if not is_batch:
                 raise Refused(422, faults[0])
         if spooled := results.count("spooled"):
@@ -1321,6 +1414,12 @@ class Handler(BaseHTTPRequestHandler):
             return as_json(200, {"insertedId": ids[0]} | duplicate)
         counts = {"duplicates": duplicates, "rejected": len(faults)}
         return as_json(200, {"insertedIds": ids} | counts)
+
+    def reject(self, body: bytes, reason: str, events: int = 1) -> Conversation[None]:
+        """Keeps a body that cannot be stored. Raises Refused (503) if it cannot."""
+        work = self.storage.reject
+        workers = self.server.workers
+        yield from self.in_thread(workers, work, body, reason, ".json", events)
 
     def health(self) -> Answer:
         """Says whether events can be kept; counters only to whoever knows the secret."""
@@ -1344,20 +1443,15 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(404, "demo.html is not beside receiver.py") from None
         return Answer(200, page, media_type="text/html; charset=utf-8")
 
-    def events(self) -> Answer:
+    def events(self) -> Conversation[Answer]:
         """Returns the newest documents, for the demo page."""
         self.require_loopback()
         self.require_secret(self.settings.events_secrets)
         limit = parse_query(self.head.query).get(b"limit", b"20")
         if not re.fullmatch(rb"[1-9][0-9]?|100", limit):
             raise Refused(400, "limit is a number from 1 to 100")
-        try:
-            with pymongo.timeout(INSERT_SECONDS):
-                newest = self.storage.collection.find().sort("$natural", -1)
-                found = list(newest.limit(int(limit)))
-        except PyMongoError as error:
-            log.warning("the demo cannot read MongoDB: %s", brief(error))
-            raise unavailable("MongoDB cannot be read now") from None
+        workers = self.server.workers
+        found = yield from self.in_thread(workers, self.storage.newest, int(limit))
         relaxed = bson.json_util.RELAXED_JSON_OPTIONS
         return Answer(200, bson.json_util.dumps(found, json_options=relaxed).encode())
 
@@ -1401,15 +1495,19 @@ class Handler(BaseHTTPRequestHandler):
         return []
 
 
-class Server(ThreadingHTTPServer):
-    """Accepts connections, limits them, and ends those whose time is up.
+Route = Callable[[Handler], "Answer | Conversation[Answer]"]
 
+
+class Server(HTTPServer):
+    """Accepts connections, lets each go on in its turn, limits them and their time.
+
+    One thread, in ``serve_forever``, does all of it. With a thread for each of 32
+    connections the receiver took TODO.
     ``stopping`` tells handlers to close their connection, ``date`` is for their answers,
-    ``routes`` maps path and method to the handler's method.
+    ``routes`` maps path and method to the handler's method, ``parser`` and ``workers`` do
+    what takes long.
     """
 
-    daemon_threads = True
-    block_on_close = False
     request_queue_size = 1024
 
     def __init__(
@@ -1423,7 +1521,7 @@ class Server(ThreadingHTTPServer):
         self.storage = storage
         self.stopping = False
         self.date = formatdate(usegmt=True)
-        self.routes: dict[bytes, dict[bytes, Callable[[Handler], Answer]]] = {
+        self.routes: dict[bytes, dict[bytes, Route]] = {
             b"/webhook": dict.fromkeys((b"POST", b"PUT", b"PATCH"), Handler.webhook),
             b"/health": {b"GET": Handler.health},
         }
@@ -1432,12 +1530,21 @@ class Server(ThreadingHTTPServer):
             self.routes[b"/"] = self.routes[b"/demo.html"] = {b"GET": Handler.demo_page}
             self.routes[b"/events"] = {b"GET": Handler.events}
         self._shows_events = settings.demo or sys.stderr.isatty()
-        self._lock = threading.Lock()
-        self._parsing = threading.Lock()
+        self.parser = ThreadPoolExecutor(1)  # the interpreter has no use for a second
+        self.workers = ThreadPoolExecutor(3)
         self._connections: set[Handler] = set()
-        self._slots = threading.BoundedSemaphore(settings.max_connections)
-        self._threads_running = 0
         self._large_bytes = 0
+        self._selector = selectors.DefaultSelector()
+        self._posted: deque[tuple[Handler, object, Any]] = deque()
+        self._woken = False
+        self._waker, wakened = socket.socketpair()
+        for end in (self._waker, wakened):
+            end.setblocking(False)
+        self._selector.register(wakened, READ, partial(self._collect, wakened))
+        storage.wake = self.wake
+        self._listening = False
+        self._stop_at = math.inf
+        self._stopped = threading.Event()
         self._refusals: Counter[str] = Counter()
         self._next_check = self._next_count = 0.0
         address = settings.host, settings.port
@@ -1469,119 +1576,195 @@ class Server(ThreadingHTTPServer):
         host, port = map(str, self.server_address[:2])
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
+    def server_activate(self) -> None:
+        super().server_activate()
+        self.socket.setblocking(False)
+
+    def serve_forever(self, poll_interval: float = 0.25) -> None:
+        """Serves until ``stop``; what is due is done at least once in that time (seconds)."""
+        self._listen(True)
+        while not self._finished():
+            timeout = 0.02 if self.stopping else poll_interval
+            for key, _ in self._selector.select(timeout):
+                try:
+                    key.data()
+                except Exception:
+                    log.exception("connection failed")
+            self.storage.commit()
+            self.service_actions()
+        self._stopped.set()
+
     def stop(self, seconds: float) -> None:
-        """Stops accepting, finishes the requests in hand, ends all other connections.
+        """Stops accepting, finishes the requests in hand, ends all other connections."""
+        self._stop_at = time.monotonic() + seconds
+        self.stopping = True
+        self.wake()
+        self._stopped.wait(seconds + 1)
+
+    def _finished(self) -> bool:
+        """Does what is left to do when it stops, and tells whether that was all.
 
         A connection that is new or was answered just now may have a request on its way.
         """
-        self.stopping = True
-        self.shutdown()
+        if not self.stopping:
+            return False
+        self._listen(False)
         self.server_close()
-        deadline = time.monotonic() + seconds
-        while self._threads_running and time.monotonic() < deadline:
-            with self._lock:
-                for connection in self._connections:
-                    idle = time.monotonic() - connection.since > STOP_IDLE_SECONDS
-                    if connection.phase == LINGER or (
-                        connection.phase == IDLE and idle
-                    ):
-                        connection.expire()
-            time.sleep(0.02)
+        now = time.monotonic()
+        for handler in list(self._connections):
+            idle = handler.phase == IDLE and now - handler.since > STOP_IDLE_SECONDS
+            if idle or handler.phase == LINGER:
+                self._resume(handler, error=ConnectionAbortedError())
+        return not self._connections or now > self._stop_at
+
+    # Turns
+
+    def register(self, handler: Handler) -> None:
+        self._connections.add(handler)
+        self._resume(handler)
+
+    def post(self, handler: Handler, ticket: object, result: Any) -> None:
+        """Lets a conversation go on with a result, after ``wake``; for any thread."""
+        self._posted.append((handler, ticket, result))
+
+    def wake(self) -> None:
+        """Ends the loop's wait; for any thread."""
+        if not self._woken:
+            self._woken = True
+            self._waker.send(b"\0")
+
+    def _collect(self, wakened: socket.socket) -> None:
+        """Lets go on what has its result; what is posted meanwhile comes in its turn."""
+        wakened.recv(4096)
+        self._woken = False
+        for _ in range(len(self._posted)):
+            handler, ticket, result = self._posted.popleft()
+            if ticket is handler.ticket:
+                self._resume(handler, result)
+
+    def _ready(self, handler: Handler) -> None:
+        """Lets a conversation go on whose socket is ready."""
+        if handler.waits_for == RESULT:
+            self._watch(handler, RESULT)  # its next request, or it has gone: not now
+        else:
+            self._resume(handler)
+
+    def _resume(
+        self, handler: Handler, result: Any = None, error: Exception | None = None
+    ) -> None:
+        """Lets a conversation go on, with a result or an error, until it waits again."""
+        handler.ticket = None
+        try:
+            if error:
+                handler.waits_for = handler.conversation.throw(error)
+            else:
+                handler.waits_for = handler.conversation.send(result)
+        except (StopIteration, OSError):  # it has ended, or the client has gone
+            self._close(handler)
+        else:
+            if handler.waits_for:
+                self._watch(handler, handler.waits_for)
+
+    def _watch(self, handler: Handler, events: int) -> None:
+        """Has the loop look for these events of a connection's socket, or for none."""
+        if events == handler.watched:
+            return
+        if not handler.watched:
+            ready = partial(self._ready, handler)
+            self._selector.register(handler.connection, events, ready)
+        elif events:
+            ready = partial(self._ready, handler)
+            self._selector.modify(handler.connection, events, ready)
+        else:
+            self._selector.unregister(handler.connection)
+        handler.watched = events
+
+    def _close(self, handler: Handler) -> None:
+        if handler in self._connections:
+            self._connections.remove(handler)
+            self._watch(handler, RESULT)
+            self.shutdown_request(handler.connection)
+            self._listen(True)
 
     # Limits
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Starts a thread; at the limit it first ends the longest waiting connection."""
-        while not self._slots.acquire(blocking=False):
-            self._evict()
-            if self._slots.acquire(timeout=0.1):
-                break
-            self.service_actions()
-            if self.stopping:
-                self.close_request(request)
+    def _listen(self, on: bool) -> None:
+        """Begins or stops to look for new connections."""
+        if on == self._listening or (on and self.stopping):
+            return
+        if on:
+            self._selector.register(self, READ, self._accept)
+        else:
+            self._selector.unregister(self)
+        self._listening = on
+
+    def _accept(self) -> None:
+        """Takes new connections; at the limit it ends the longest waiting one for each."""
+        for _ in range(MAX_ACCEPTS):
+            full = len(self._connections) >= self.settings.max_connections
+            if full and not self._evict():
+                self._listen(False)  # until one has ended
                 return
-        with self._lock:
-            self._threads_running += 1
-        super().process_request(request, client_address)
+            try:
+                self.finish_request(*self.get_request())
+            except OSError as error:
+                no_descriptor = error.errno in (errno.EMFILE, errno.ENFILE)
+                if no_descriptor and not self._evict():
+                    self._listen(False)
+                return
 
-    def get_request(self) -> Any:
-        """Accepts a connection; without a file descriptor for it, one that waits makes room."""
-        try:
-            request, address = super().get_request()
-            request.setblocking(True)
-            return request, address
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._evict()
-                time.sleep(0.01)
-            raise
+    def _evict(self) -> bool:
+        """Ends the connection that waits longest; returns False if all are busy."""
+        waiting = [c for c in self._connections if c.phase != BUSY]
+        if not waiting:
+            return False
+        longest = min(waiting, key=lambda connection: connection.since)
+        longest.evicted = True
+        if longest.phase in (HEAD, BODY):
+            # Not the client's fault: 408 would be the end of an authentic event.
+            self._resume(longest, error=unavailable("too many connections"))
+            with contextlib.suppress(OSError):
+                for _ in range(MAX_ACCEPTS):
+                    longest.connection.recv(64 * KIB)
+        self._resume(longest, error=ConnectionAbortedError())
+        return True
 
-    def shutdown_request(self, request: Any) -> None:
-        super().shutdown_request(request)
-        with self._lock:
-            self._threads_running -= 1
-        self._slots.release()
-
-    def register(self, handler: Handler) -> None:
-        with self._lock:
-            self._connections.add(handler)
-
-    def unregister(self, handler: Handler) -> None:
-        with self._lock:
-            self._connections.discard(handler)
-
-    def _evict(self) -> None:
-        with self._lock:
-            waiting = [
-                c for c in self._connections if c.phase != BUSY and not c.expired
-            ]
-            if waiting:
-                longest = min(waiting, key=lambda connection: connection.since)
-                longest.evicted = True
-                longest.expire()
+    def _expire(self, handler: Handler) -> None:
+        """Ends a wait that took too long."""
+        if handler.phase == BUSY:
+            self._resume(handler, error=unavailable("not stored in time"))
+        elif handler.phase in (HEAD, BODY):
+            late = Refused(408, "the request was not complete in time")
+            self._resume(handler, error=late)
+        else:
+            self._resume(handler, error=ConnectionAbortedError())
 
     @contextlib.contextmanager
     def memory_for(self, size: int) -> Iterator[None]:
         """Bounds what large bodies hold together. Raises Refused (503)."""
         large = size if size > SMALL_BODY_BYTES else 0
-        with self._lock:
-            held = self._large_bytes
-            if large and held and held + large > MAX_LARGE_BODY_BYTES:
-                raise unavailable("too many large bodies in flight")
-            self._large_bytes += large
+        if (
+            large
+            and self._large_bytes
+            and self._large_bytes + large > MAX_LARGE_BODY_BYTES
+        ):
+            raise unavailable("too many large bodies in flight")
+        self._large_bytes += large
         try:
             yield
         finally:
-            with self._lock:
-                self._large_bytes -= large
-
-    @contextlib.contextmanager
-    def turn_to_parse(self, size: int) -> Iterator[None]:
-        """Lets large bodies be parsed one by one: the interpreter cannot do it faster.
-
-        Raises Refused (503) if the turn does not come in time.
-        """
-        if size <= SMALL_BODY_BYTES:
-            yield
-        elif self._parsing.acquire(timeout=ANSWER_SECONDS / 2):
-            try:
-                yield
-            finally:
-                self._parsing.release()
-        else:
-            raise unavailable("too many large bodies in flight")
+            self._large_bytes -= large
 
     def service_actions(self) -> None:
-        """Does what is due; called after each connection, and every CHECK_SECONDS."""
+        """Does what is due, every CHECK_SECONDS."""
         now = time.monotonic()
         if now < self._next_check:
             return
         self._next_check = now + CHECK_SECONDS
         self.date = formatdate(usegmt=True)
-        with self._lock:
-            for connection in self._connections:
-                if connection.deadline < now:
-                    connection.expire()
+        self._listen(True)
+        for handler in [c for c in self._connections if c.deadline < now]:
+            self._expire(handler)
         if now > self._next_count:
             self._next_count = now + COUNT_SECONDS
             self._log_refusals()
@@ -1597,15 +1780,12 @@ class Server(ThreadingHTTPServer):
     def count_refusal(self, refused: Refused) -> None:
         """Logs the first refusal of a kind; the others are counted, as a flood may come."""
         kind = f"{refused.status} {refused.reason.partition(':')[0]}"
-        with self._lock:
-            self._refusals[kind] += 1
-            first = self._refusals[kind] == 1
-        if first:
+        self._refusals[kind] += 1
+        if self._refusals[kind] == 1:
             log.warning("refused: %s", kind)
 
     def _log_refusals(self) -> None:
-        with self._lock:
-            counts, self._refusals = self._refusals, Counter()
+        counts, self._refusals = self._refusals, Counter()
         repeated = [f"{n} x {kind}" for kind, n in counts.most_common() if n > 1]
         if repeated:
             log.warning("refused within a minute: %s", ", ".join(repeated))
@@ -1614,9 +1794,6 @@ class Server(ThreadingHTTPServer):
         """Lets somebody who watches a terminal see each event land."""
         if self._shows_events:
             log.info("%s: %s", result, f"{document.label} {document.id}".lstrip())
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        log.exception("connection failed")
 
 
 # --- 6. Process -----------------------------------------------------------------------
