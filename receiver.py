@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import gc
 import hashlib
 import hmac
 import importlib.util
@@ -39,7 +40,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import formatdate
@@ -357,11 +358,10 @@ DECODER = json.JSONDecoder(parse_int=integer, parse_constant=not_json)
 
 
 class Document(NamedTuple):
-    """An event ready for MongoDB; the label is for the terminal."""
+    """An event ready for MongoDB."""
 
     id: Any
     bson: bytes
-    label: str
 
 
 class Events(NamedTuple):
@@ -393,12 +393,8 @@ def parse_events(body: bytes) -> Events:
     events = value if is_batch else [value]
     if not all(isinstance(event, dict) for event in events):
         raise Refused(400, "neither a JSON object nor an array of objects")
-    # Nesting that deep takes more opening brackets than most bodies have.
-    may_be_deep = body.count(b"{") + body.count(b"[") > MAX_DEPTH
     for index, event in enumerate(events):
         try:
-            if may_be_deep and depth(event) > MAX_DEPTH:
-                raise Refused(422, TOO_DEEP)
             parsed.documents.append(to_document(event))
         except Refused as refused:
             if not is_batch:
@@ -438,13 +434,17 @@ def to_document(event: dict[str, Any]) -> Document:
             encoded = bson.encode(event)
     except InvalidDocument as error:
         raise Refused(422, str(error)) from None
+    except RecursionError:
+        raise Refused(422, TOO_DEEP) from None
+    # Nesting that deep takes more bytes of these types than most events have.
+    levels = encoded.count(b"\x03") + encoded.count(b"\x04")
+    if levels > MAX_DEPTH and depth(event) > MAX_DEPTH:
+        raise Refused(422, TOO_DEEP)
     if len(encoded) > MAX_BSON_BYTES:
         raise Refused(
             422, f"BSON of {len(encoded)} bytes, MongoDB takes {MAX_BSON_BYTES}"
         )
-    words = (event.get("type"), event.get("event", event.get("name")))
-    label = " ".join(word[:100] for word in words if isinstance(word, str))
-    return Document(event["_id"], encoded, label)
+    return Document(event["_id"], encoded)
 
 
 def without_lone_surrogates(value: Any) -> Any:
@@ -640,11 +640,15 @@ def split_bson(data: bytes) -> tuple[list[bytes], bool]:
     return documents, 0 < position == len(data)
 
 
-class Submission(NamedTuple):
-    """One request's documents on their way; ``done`` is called with their results."""
+class Submission:
+    """One request's documents on their way; ``done`` is called when it has ``results``."""
 
-    documents: list[bytes]
-    done: Callable[[list[Result]], None]
+    __slots__ = ("documents", "done", "results")
+
+    def __init__(self, documents: list[bytes], done: Callable[[], None]) -> None:
+        self.documents = documents
+        self.done = done
+        self.results: list[Result] = []
 
 
 class Storage:
@@ -710,19 +714,19 @@ class Storage:
         with pymongo.timeout(0.5):  # it takes leave of a MongoDB that may be gone
             self._client.close()
 
-    def submit(
-        self, documents: list[bytes], done: Callable[[list[Result]], None]
-    ) -> None:
-        """Has ``done`` called with what became of each document, in their order.
+    def submit(self, documents: list[bytes], done: Callable[[], None]) -> Submission:
+        """Returns what will have the results of ``commit``, in the documents' order.
 
-        That is in another thread, after ``commit``. Raises Refused (503) when too much is
+        ``done`` is called then, in another thread. Raises Refused (503) when too much is
         in flight.
         """
         with self._lock:
             if self._waiting and self._waiting + len(documents) > MAX_WAITING_EVENTS:
                 raise unavailable("too many events in flight")
             self._waiting += len(documents)
-        self._queue.append(Submission(documents, done))
+        submission = Submission(documents, done)
+        self._queue.append(submission)
+        return submission
 
     def commit(self) -> None:
         """Sends a committer on its way with all that was submitted."""
@@ -782,21 +786,26 @@ class Storage:
     def _commit_forever(self, number: int) -> None:
         while batch := self._take():
             self._busy_since[number] = time.monotonic()
-            documents = [d for submission in batch for d in submission.documents]
-            try:
-                results = self._commit(documents)
-            except Exception:
-                log.exception("a batch could not be stored")
-                results = [unavailable("internal error")] * len(documents)
-            with self._lock:
-                self._waiting -= len(documents)
-            with self._turn:
-                self._in_flight -= 1
-            remaining = iter(results)
-            for documents, done in batch:
-                done(list(itertools.islice(remaining, len(documents))))
-            self.wake()
+            self._commit_batch(batch)
+            del batch  # it may be large, and the next one far
             self._busy_since[number] = math.inf
+
+    def _commit_batch(self, batch: list[Submission]) -> None:
+        documents = [d for submission in batch for d in submission.documents]
+        try:
+            results = self._commit(documents)
+        except Exception:
+            log.exception("a batch could not be stored")
+            results = [unavailable("internal error")] * len(documents)
+        with self._lock:
+            self._waiting -= len(documents)
+        with self._turn:
+            self._in_flight -= 1
+        remaining = iter(results)
+        for submission in batch:
+            submission.results = [next(remaining) for _ in submission.documents]
+            submission.done()
+        self.wake()
 
     def _take(self) -> list[Submission]:
         """Waits for its turn and returns all that waits by then; nothing at the end."""
@@ -1047,12 +1056,12 @@ SMALL_BODY_BYTES = 64 * KIB  # max_connections bounds how many of these are held
 MAX_LARGE_BODY_BYTES = 64 * MIB  # for all larger ones together
 
 # What a connection is doing. Only a BUSY one may have an event on its way to MongoDB.
-IDLE, HEAD, BODY, BUSY, SEND, LINGER = range(6)
+IDLE, HEAD, WAIT, BODY, BUSY, SEND, LINGER = range(7)
 
 # What it waits for.
 RESULT, READ, WRITE = 0, selectors.EVENT_READ, selectors.EVENT_WRITE
 T = TypeVar("T")
-Conversation = Generator[int, Any, T]
+Conversation = Generator[int, None, T]
 
 
 class Head(NamedTuple):
@@ -1151,9 +1160,10 @@ def parse_query(query: bytes) -> dict[bytes, bytes]:
 class Handler(BaseHTTPRequestHandler):
     """One connection: a conversation, which stops at each ``yield`` for what it names.
 
-    READ and WRITE wait for the socket, RESULT for a call of what ``later`` returned. Thus
-    one thread serves all connections, none of which may keep it. When ``deadline`` has
-    passed the server raises an exception there, so that no trickle of bytes extends it.
+    READ and WRITE wait for the socket, RESULT for a thread that works for it and calls the
+    server's ``post``. Thus one thread serves all connections, none of which may keep it.
+    When ``deadline`` has passed the server raises an exception there, so that no trickle
+    of bytes extends it.
     ``phase`` says what it is doing, ``since`` when it last completed a request (monotonic
     seconds).
     """
@@ -1168,11 +1178,11 @@ class Handler(BaseHTTPRequestHandler):
         self.storage = self.server.storage
         self.buffer = b""
         self.evicted = False  # to make room
+        self.patience = ANSWER_SECONDS  # from the end of the body to the answer
         self.since = time.monotonic()
         self.enter(IDLE, HEAD_SECONDS)
         self.conversation = self.converse()
         self.waits_for = self.watched = RESULT
-        self.ticket: object = None  # of the result that it waits for
 
     def handle(self) -> None:
         self.server.register(self)
@@ -1189,12 +1199,13 @@ class Handler(BaseHTTPRequestHandler):
         yield from self.exchange()
         while not self.close_connection:
             if self.buffer:  # a pipelined request: first it is the others' turn
-                self.later()(None)
+                self.server.post(self)
                 self.server.wake()
                 yield RESULT
             yield from self.exchange()
         if self.phase == LINGER:
             # Unread bytes turn a close into a reset, and the answer could not be read.
+            self.buffer = b""
             self.connection.shutdown(socket.SHUT_WR)
             while (yield from self.read()):
                 pass
@@ -1240,21 +1251,16 @@ class Handler(BaseHTTPRequestHandler):
                 return
             yield WRITE
 
-    def later(self) -> Callable[[Any], None]:
-        """Returns what any thread may call, once, with the result that RESULT waits for."""
-        self.ticket = ticket = object()
-        return lambda result: self.server.post(self, ticket, result)
-
     def in_thread(
         self, executor: Executor, work: Callable[..., T], *arguments: Any
     ) -> Conversation[T]:
         """Has a thread do what would keep the other connections waiting."""
         future = executor.submit(work, *arguments)
-        done = self.later()
-        future.add_done_callback(done)
+        future.add_done_callback(lambda _: self.server.post(self))
         future.add_done_callback(lambda _: self.server.wake())
         try:
-            yield RESULT
+            while not future.done():
+                yield RESULT
         finally:
             future.cancel()
         return future.result()
@@ -1268,6 +1274,15 @@ class Handler(BaseHTTPRequestHandler):
         return (yield from self.in_thread(self.server.parser, work, *arguments))
 
     # Reading
+
+    def wait_for_room(self, size: int) -> Conversation[None]:
+        """Leaves a large body where it is while others hold too much memory."""
+        began = time.monotonic()
+        while not self.server.take_room(self, size):
+            if self.phase != WAIT:
+                self.enter(WAIT, ANSWER_SECONDS / 2)
+            yield RESULT
+        self.patience = ANSWER_SECONDS - (time.monotonic() - began)
 
     def receive(self) -> Conversation[bytes]:
         """Returns what comes next of a request. Raises Refused if nothing does."""
@@ -1318,7 +1333,7 @@ class Handler(BaseHTTPRequestHandler):
             self.buffer = bytes(data)
         body, self.buffer = self.buffer[:length], self.buffer[length:]
         self.unread = 0
-        self.enter(BUSY, ANSWER_SECONDS)
+        self.enter(BUSY, self.patience)
         return body
 
     # Answering
@@ -1372,12 +1387,14 @@ class Handler(BaseHTTPRequestHandler):
         signature = self.head.field(b"x-signature").lower()
         if not SIGNATURE.fullmatch(signature):
             raise Refused(401, "X-Signature is missing or not 40 hexadecimal digits")
-        with self.server.memory_for(self.unread):
+        size = self.unread
+        yield from self.wait_for_room(size)
+        try:
             body = yield from self.read_body()
-            yield from self.in_turn(
-                len(body), authenticate, body, signature, self.settings
-            )
+            yield from self.in_turn(size, authenticate, body, signature, self.settings)
             return (yield from self.store(body))
+        finally:
+            self.server.give_room(size)
 
     def store(self, body: bytes) -> Conversation[Answer]:
         """Stores an authentic body's events; what cannot be is kept before the answer."""
@@ -1390,8 +1407,10 @@ class Handler(BaseHTTPRequestHandler):
         results: list[Result] = []
         if documents:
             encoded = [document.bson for document in documents]
-            self.storage.submit(encoded, self.later())
-            results = yield RESULT
+            submission = self.storage.submit(encoded, partial(self.server.post, self))
+            while not submission.results:
+                yield RESULT
+            results = submission.results
         ids = []
         for document, result in zip(documents, results):
             if not isinstance(result, Refused):
@@ -1534,8 +1553,9 @@ class Server(HTTPServer):
         self.workers = ThreadPoolExecutor(3)
         self._connections: set[Handler] = set()
         self._large_bytes = 0
+        self._waiting_for_room: list[Handler] = []
         self._selector = selectors.DefaultSelector()
-        self._posted: deque[tuple[Handler, object, Any]] = deque()
+        self._posted: deque[Handler] = deque()
         self._woken = False
         self._waker, wakened = socket.socketpair()
         for end in (self._waker, wakened):
@@ -1614,7 +1634,7 @@ class Server(HTTPServer):
         for handler in list(self._connections):
             idle = handler.phase == IDLE and now - handler.since > STOP_IDLE_SECONDS
             if idle or handler.phase == LINGER:
-                self._resume(handler, error=ConnectionAbortedError())
+                self._resume(handler, ConnectionAbortedError())
         return not self._connections or now > self._stop_at
 
     # Turns
@@ -1623,9 +1643,9 @@ class Server(HTTPServer):
         self._connections.add(handler)
         self._resume(handler)
 
-    def post(self, handler: Handler, ticket: object, result: Any) -> None:
-        """Lets a conversation go on with a result, after ``wake``; for any thread."""
-        self._posted.append((handler, ticket, result))
+    def post(self, handler: Handler) -> None:
+        """Lets a conversation look for its result, after ``wake``; for any thread."""
+        self._posted.append(handler)
 
     def wake(self) -> None:
         """Ends the loop's wait; for any thread."""
@@ -1634,13 +1654,13 @@ class Server(HTTPServer):
             self._waker.send(b"\0")
 
     def _collect(self, wakened: socket.socket) -> None:
-        """Lets go on what has its result; what is posted meanwhile comes in its turn."""
+        """Lets go on what was posted; what is posted meanwhile has its turn after it."""
         wakened.recv(4096)
         self._woken = False
         for _ in range(len(self._posted)):
-            handler, ticket, result = self._posted.popleft()
-            if ticket is handler.ticket:
-                self._resume(handler, result)
+            handler = self._posted.popleft()
+            if handler.waits_for == RESULT:
+                self._resume(handler)
 
     def _ready(self, handler: Handler) -> None:
         """Lets a conversation go on whose socket is ready."""
@@ -1649,16 +1669,13 @@ class Server(HTTPServer):
         else:
             self._resume(handler)
 
-    def _resume(
-        self, handler: Handler, result: Any = None, error: Exception | None = None
-    ) -> None:
-        """Lets a conversation go on, with a result or an error, until it waits again."""
-        handler.ticket = None
+    def _resume(self, handler: Handler, error: Exception | None = None) -> None:
+        """Lets a conversation go on, or end by an error, until it waits again."""
         try:
             if error:
                 handler.waits_for = handler.conversation.throw(error)
             else:
-                handler.waits_for = handler.conversation.send(result)
+                handler.waits_for = next(handler.conversation)
         except (StopIteration, OSError):  # it has ended, or the client has gone
             self._close(handler)
         else:
@@ -1720,40 +1737,43 @@ class Server(HTTPServer):
             return False
         longest = min(waiting, key=lambda connection: connection.since)
         longest.evicted = True
-        if longest.phase in (HEAD, BODY):
+        if longest.phase in (HEAD, WAIT, BODY):
             # Not the client's fault: 408 would be the end of an authentic event.
-            self._resume(longest, error=unavailable("too many connections"))
+            self._resume(longest, unavailable("too many connections"))
             with contextlib.suppress(OSError):
                 for _ in range(MAX_ACCEPTS):
                     longest.connection.recv(64 * KIB)
-        self._resume(longest, error=ConnectionAbortedError())
+        self._resume(longest, ConnectionAbortedError())
         return True
 
     def _expire(self, handler: Handler) -> None:
         """Ends a wait that took too long."""
         if handler.phase == BUSY:
-            self._resume(handler, error=unavailable("not stored in time"))
+            self._resume(handler, unavailable("not stored in time"))
+        elif handler.phase == WAIT:
+            self._resume(handler, unavailable("too many large bodies in flight"))
         elif handler.phase in (HEAD, BODY):
             late = Refused(408, "the request was not complete in time")
-            self._resume(handler, error=late)
+            self._resume(handler, late)
         else:
-            self._resume(handler, error=ConnectionAbortedError())
+            self._resume(handler, ConnectionAbortedError())
 
-    @contextlib.contextmanager
-    def memory_for(self, size: int) -> Iterator[None]:
-        """Bounds what large bodies hold together. Raises Refused (503)."""
+    def take_room(self, handler: Handler, size: int) -> bool:
+        """Bounds what large bodies hold together; posts the handler when to try again."""
         large = size if size > SMALL_BODY_BYTES else 0
-        if (
-            large
-            and self._large_bytes
-            and self._large_bytes + large > MAX_LARGE_BODY_BYTES
-        ):
-            raise unavailable("too many large bodies in flight")
+        held = self._large_bytes
+        if large and held and held + large > MAX_LARGE_BODY_BYTES:
+            self._waiting_for_room.append(handler)
+            return False
         self._large_bytes += large
-        try:
-            yield
-        finally:
-            self._large_bytes -= large
+        return True
+
+    def give_room(self, size: int) -> None:
+        if size > SMALL_BODY_BYTES:
+            self._large_bytes -= size
+            self._posted += self._waiting_for_room
+            self._waiting_for_room.clear()
+            self.wake()
 
     def service_actions(self) -> None:
         """Does what is due, every CHECK_SECONDS."""
@@ -1793,7 +1813,10 @@ class Server(HTTPServer):
     def show(self, result: str, document: Document) -> None:
         """Lets somebody who watches a terminal see each event land."""
         if self._shows_events:
-            log.info("%s: %s", result, f"{document.label} {document.id}".lstrip())
+            event = bson.decode(document.bson)
+            words = (event.get("type"), event.get("event", event.get("name")))
+            label = " ".join(word[:100] for word in words if isinstance(word, str))
+            log.info("%s: %s", result, f"{label} {document.id}".lstrip())
 
 
 # --- 6. Process -----------------------------------------------------------------------
@@ -2019,7 +2042,9 @@ def bound_the_heap() -> None:
         with contextlib.suppress(AttributeError, ImportError, MemoryError, OSError):
             import ctypes
 
-            ctypes.CDLL(None).mallopt(-3, 256 * KIB)  # M_MMAP_THRESHOLD
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-3, 2 * MIB)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 8 * MIB)  # M_TRIM_THRESHOLD
 
 
 def run(settings: Settings) -> int:
@@ -2031,6 +2056,8 @@ def run(settings: Settings) -> int:
         if number and not nohup:
             signal.signal(number, lambda *_: stop.set())
     bound_the_heap()
+    gc.freeze()
+    gc.set_threshold(10_000)
     client = connect(settings.mongodb_uri)
     storage = Storage(client, settings)
     server = Server(settings, storage, inherited_listener())

@@ -20,7 +20,6 @@ import http.server
 import inspect
 import json
 import os
-import queue
 import random
 import re
 import shutil
@@ -1115,10 +1114,11 @@ def test_a_command_that_fails_for_one_document_is_split(
     storage.start()
     poison = bson.encode({"_id": "poison", "a": json.loads(nested(250))})
     documents = [bson.encode({"_id": n}) for n in range(21)]
-    arrived: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
-    storage.submit([*documents[:20], poison, documents[20]], arrived.put)
+    done = threading.Event()
+    submission = storage.submit([*documents[:20], poison, documents[20]], done.set)
     storage.commit()
-    results = arrived.get(timeout=5)
+    assert done.wait(5)
+    results = submission.results
     storage.close()
     assert results[:20] + results[21:] == ["stored"] * 21
     assert isinstance(results[20], product.Refused) and "depth" in results[20].reason
