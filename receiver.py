@@ -476,6 +476,11 @@ DRAIN_SECONDS = 15.0
 PROBE_SECONDS = 0.5  # while MongoDB is down
 WATCH_SECONDS = 2.0  # while it is up
 WEDGED_SECONDS = 20.0
+# As many batches are in flight as MongoDB is slow: another one goes only after this time.
+# With 32 connections and MongoDB near, a batch at a time holds 16 events; one more each
+# 0.5 ms took a seventh of the throughput. With 256 connections and MongoDB 20 ms away the
+# median answer takes 2.5 round trips with one in flight at most, 2.1 with two, 1.8 with
+# three, 1.6 with four, 1.5 with eight. (bench/run.py, --latency 20)
 COMMITTERS = 4
 BATCH_SECONDS = 0.005
 MAX_BATCH_EVENTS = 1000
@@ -677,9 +682,9 @@ class Storage:
         self._disk_ok = True
         self._lock = threading.Lock()
         self.wake: Callable[[], None] = lambda: None
+        self._turn = threading.Condition()  # of a committer; guards the next five
         self._queue: deque[Submission] = deque()
         self._waiting = 0  # events in the queue or with a committer
-        self._turn = threading.Condition()  # of a committer; guards the next three
         self._in_flight = 0  # batches with a committer
         self._next_batch = 0.0  # when another may be sent beside them
         self._timing = False  # whether a committer waits for that time
@@ -720,12 +725,12 @@ class Storage:
         ``done`` is called then, in another thread. Raises Refused (503) when too much is
         in flight.
         """
-        with self._lock:
+        submission = Submission(documents, done)
+        with self._turn:
             if self._waiting and self._waiting + len(documents) > MAX_WAITING_EVENTS:
                 raise unavailable("too many events in flight")
             self._waiting += len(documents)
-        submission = Submission(documents, done)
-        self._queue.append(submission)
+            self._queue.append(submission)
         return submission
 
     def commit(self) -> None:
@@ -752,12 +757,13 @@ class Storage:
             "kept as %s: %s", self.rejected.path / (name + suffix), reason[:300]
         )
 
-    def newest(self, limit: int) -> list[dict[str, Any]]:
-        """Returns the documents that came last. Raises Refused (503) if it cannot."""
+    def newest(self, limit: int) -> str:
+        """Returns the last documents as relaxed Extended JSON. Raises Refused (503)."""
+        relaxed = bson.json_util.RELAXED_JSON_OPTIONS
         try:
             with pymongo.timeout(INSERT_SECONDS):
-                newest = self.collection.find().sort("$natural", -1)
-                return list(newest.limit(limit))
+                found = self.collection.find().sort("$natural", -1).limit(limit)
+                return bson.json_util.dumps(found, json_options=relaxed)
         except PyMongoError as error:
             log.warning("the demo cannot read MongoDB: %s", brief(error))
             raise unavailable("MongoDB cannot be read now") from None
@@ -797,9 +803,8 @@ class Storage:
         except Exception:
             log.exception("a batch could not be stored")
             results = [unavailable("internal error")] * len(documents)
-        with self._lock:
-            self._waiting -= len(documents)
         with self._turn:
+            self._waiting -= len(documents)
             self._in_flight -= 1
         remaining = iter(results)
         for submission in batch:
@@ -957,7 +962,11 @@ class Storage:
                     *(len(names), count_events(names), delivered / (now - started + 1)),
                 )
                 reported = now
+            began = time.monotonic()
             delivered += self._deliver(names)
+            self._stopping.wait(
+                time.monotonic() - began
+            )  # half the time is new events'
             self._came_up()
         if delivered:
             seconds = time.monotonic() - started
@@ -1470,9 +1479,8 @@ class Handler(BaseHTTPRequestHandler):
         if not re.fullmatch(rb"[1-9][0-9]?|100", limit):
             raise Refused(400, "limit is a number from 1 to 100")
         workers = self.server.workers
-        found = yield from self.in_thread(workers, self.storage.newest, int(limit))
-        relaxed = bson.json_util.RELAXED_JSON_OPTIONS
-        return Answer(200, bson.json_util.dumps(found, json_options=relaxed).encode())
+        newest = yield from self.in_thread(workers, self.storage.newest, int(limit))
+        return Answer(200, newest.encode())
 
     def preflight(self) -> Answer:
         self.require_loopback()
@@ -1520,8 +1528,10 @@ Route = Callable[[Handler], "Answer | Conversation[Answer]"]
 class Server(HTTPServer):
     """Accepts connections, lets each go on in its turn, limits them and their time.
 
-    One thread, in ``serve_forever``, does all of it. With a thread for each of 32
-    connections the receiver took TODO.
+    One thread, in ``serve_forever``, does all of it. With a thread for each connection,
+    most of the time went into waking threads and waiting for the interpreter's lock: 32
+    connections stored 4,500 events/s instead of 9,600, and with 128 the slowest hundredth
+    took 20 times the median instead of 3 times (bench/run.py).
     ``stopping`` tells handlers to close their connection, ``date`` is for their answers,
     ``routes`` maps path and method to the handler's method, ``parser`` and ``workers`` do
     what takes long.
@@ -1678,6 +1688,9 @@ class Server(HTTPServer):
                 handler.waits_for = next(handler.conversation)
         except (StopIteration, OSError):  # it has ended, or the client has gone
             self._close(handler)
+        except Exception:
+            log.exception("connection failed")
+            self._close(handler)
         else:
             if handler.waits_for:
                 self._watch(handler, handler.waits_for)
@@ -1717,11 +1730,13 @@ class Server(HTTPServer):
 
     def _accept(self) -> None:
         """Takes new connections; at the limit it ends the longest waiting one for each."""
-        for _ in range(MAX_ACCEPTS):
-            full = len(self._connections) >= self.settings.max_connections
-            if full and not self._evict():
-                self._listen(False)  # until one has ended
-                return
+        for accepted in range(MAX_ACCEPTS):
+            if len(self._connections) >= self.settings.max_connections:
+                if accepted:  # it is not known whether there is another
+                    return
+                if not self._evict():
+                    self._listen(False)  # until one has ended
+                    return
             try:
                 self.finish_request(*self.get_request())
             except OSError as error:
@@ -1843,8 +1858,8 @@ def under_journald() -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-def notify(state: str) -> None:
-    """Tells systemd, if it is there to listen: sd_notify(3)."""
+def notify(state: str, seconds: float = 0) -> None:
+    """Tells systemd, if it is there and listens in that time: sd_notify(3)."""
     address = os.environ.get("NOTIFY_SOCKET")
     if address and sys.platform != "win32":
         address = re.sub("^@", "\0", address)  # an abstract socket
@@ -1852,7 +1867,7 @@ def notify(state: str) -> None:
             contextlib.suppress(OSError),  # no descriptor is left, systemd is slow
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender,
         ):
-            sender.settimeout(0.1)  # the accepting thread must not wait for systemd
+            sender.settimeout(seconds)
             sender.sendto(state.encode(), address)
 
 
@@ -2035,7 +2050,8 @@ def bound_the_heap() -> None:
     """Makes glibc give large blocks back to the system as soon as they are freed.
 
     Left alone it raises its threshold, mallopt(3), to the largest block freed so far: 256
-    bodies of 4 MiB at once then took 511 MiB and left 434, instead of 175 and 49.
+    bodies of 4 MiB at once then took 360 MiB and left 340, instead of 210 and 80. Batches
+    of a common size, and room to parse them in, stay with the process.
     """
     if sys.platform == "linux":
         # musl has no mallopt, an old libffi no ctypes under MemoryDenyWriteExecute.
@@ -2056,7 +2072,7 @@ def run(settings: Settings) -> int:
         if number and not nohup:
             signal.signal(number, lambda *_: stop.set())
     bound_the_heap()
-    gc.freeze()
+    gc.freeze()  # less to look through, and less often: 5 % more events (bench/run.py)
     gc.set_threshold(10_000)
     client = connect(settings.mongodb_uri)
     storage = Storage(client, settings)
@@ -2079,12 +2095,12 @@ def run(settings: Settings) -> int:
             made_up = quote(settings.events_secrets[0], safe="")
             fragment = "" if settings.public_secrets else f"#public={made_up}"
             print(f"demo page: {server.url}/{fragment}", flush=True)
-        notify("READY=1")
+        notify("READY=1", 5)
         # stop.wait() would go on if another thread got the signal, as the kernel pleases.
         while not stop.is_set():
             time.sleep(0.1)
             mongod.report_end()
-        notify("STOPPING=1")
+        notify("STOPPING=1", 0.1)
         log.info("stopping")
         server.stop(5.0)
         storage.close()

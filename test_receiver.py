@@ -2042,6 +2042,119 @@ def test_who_makes_room_is_told_to_try_again(start: Callable[..., Receiver]) -> 
             assert b"\r\nRetry-After: " in answer
 
 
+def test_as_many_connections_as_allowed_all_stay(
+    start: Callable[..., Receiver],
+) -> None:
+    """None is ended to make room for one that does not come."""
+    receiver = start("--max-connections", "5")
+    request = HEALTH.encode()
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for _ in range(5):
+            address = ("127.0.0.1", receiver.port)
+            clients.append(stack.enter_context(socket.create_connection(address, 30)))
+        for _ in range(20):
+            for client in clients:
+                client.sendall(request)
+                assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
+def test_pipelined_requests_leave_others_their_turn(
+    start: Callable[..., Receiver],
+) -> None:
+    """Others need not wait until all requests are answered that came at once."""
+    receiver = start()
+    number = 1500  # what one read brings
+    address = ("127.0.0.1", receiver.port)
+
+    def others_come_between() -> bool:
+        greedy = socket.create_connection(address, 30)
+        with greedy, socket.create_connection(address, 30) as other:
+            greedy.sendall(HEALTH.encode() * number)
+            received = greedy.recv(1000)
+            other.sendall(HEALTH.encode())
+            assert other.recv(4096).startswith(b"HTTP/1.1 200 ")
+            received += greedy.recv(1 << 20)
+            answered = received.count(b"HTTP/1.1 200 ")
+            while received.count(b"HTTP/1.1 200 ") < number:
+                part = greedy.recv(1 << 20)
+                assert part
+                received += part
+        return answered < number
+
+    assert any(others_come_between() for _ in range(5))
+
+
+@concurrently
+def test_an_answer_that_comes_too_late_is_not_the_next_requests(
+    start: Callable[..., Receiver],
+) -> None:
+    """The sender got 503 for the first event; its result comes as the second one waits."""
+    slow = "import time; commit = receiver.Storage._commit; first = [4]; "
+    slow += "receiver.Storage._commit = lambda storage, documents: (first and "
+    slow += "time.sleep(first.pop())) or commit(storage, documents)"
+    (python, option, program) = hurried(ANSWER_SECONDS=2, COMMITTERS=1)
+    program = program.replace("sys.exit", f"{slow}; sys.exit")
+    receiver = start(command=(python, option, program))
+    events = [track(), track()]
+    requests = []
+    for event in events:
+        body = json.dumps(event)
+        signature = f"X-Signature: {sign(body.encode())}"
+        length = f"Content-Length: {len(body)}"
+        requests.append(message(POST, HOST, signature, length, body=body))
+    with socket.create_connection(("127.0.0.1", receiver.port), 30) as client:
+        client.sendall(requests[0])
+        answer = client.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 503 ") and b"not stored in time" in answer
+        time.sleep(0.8)
+        client.sendall(requests[1])
+        answer = client.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert events[1]["messageId"].encode() in answer
+    stored = {document["_id"] for document in receiver.events().find()}
+    assert stored == {event["messageId"] for event in events}
+
+
+@concurrently
+def test_large_bodies_wait_for_room(start: Callable[..., Receiver]) -> None:
+    """A body that finds no room stays with its sender, who is told if that takes too long."""
+    receiver = start(command=hurried(MAX_LARGE_BODY_BYTES=300_000, ANSWER_SECONDS=3))
+
+    def request() -> bytes:
+        body = json.dumps(track(properties={"text": "x" * 200_000}))
+        signature = f"X-Signature: {sign(body.encode())}"
+        length = f"Content-Length: {len(body)}"
+        return message(POST, HOST, signature, length, body=body)
+
+    def send(client: socket.socket, data: bytes) -> None:
+        threading.Thread(target=client.sendall, args=(data,)).start()
+
+    with contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", receiver.port)
+        slow, second, third = (
+            stack.enter_context(socket.create_connection(address, 30)) for _ in range(3)
+        )
+        data = request()
+        slow.sendall(data[:1000])
+        time.sleep(0.2)
+        send(second, request())
+        assert receiver.post(track()).status == 200  # small ones do not wait
+        time.sleep(0.3)
+        slow.sendall(data[1000:])
+        for client in (slow, second):
+            assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+        slow.sendall(data[:1000])  # and now it goes no further
+        time.sleep(0.2)
+        send(third, request())
+        answer = third.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 503 ") and b"large bodies" in answer
+        slow.sendall(data[1000:])
+        assert b'"duplicate": true' in slow.recv(4096)
+        send(second, request())
+        assert second.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
 @needs_proc
 def test_runs_out_of_file_descriptors_without_spinning(
     start: Callable[..., Receiver],

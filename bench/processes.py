@@ -230,12 +230,14 @@ def receiver_kind(path: Path) -> Kind:
 
 
 def peer_kinds() -> list[Kind]:
+    plain = str(PEERS / "http_server.py")
     gunicorn = (sys.executable, "-m", "gunicorn", "--chdir", str(PEERS), "--workers=2")
     threads = ("--threads=8", "--keep-alive=60", "--bind=127.0.0.1:{port}")
     uvicorn = (sys.executable, "-m", "uvicorn", "--app-dir", str(PEERS))
     quiet = ("--no-access-log", "--log-level=warning", "--port={port}")
     return [
-        Kind("http.server", (sys.executable, str(PEERS / "http_server.py"))),
+        Kind("http.server", (sys.executable, plain)),
+        Kind("http.server-buffered", (sys.executable, plain, "buffered")),
         Kind("flask", (*gunicorn, *threads, "flask_app:app")),
         Kind("fastapi", (*uvicorn, *quiet, "fastapi_app:app")),
         Kind("fastify", ("node", str(PEERS / "fastify_app.js"))),

@@ -33,7 +33,7 @@ from typing import Any
 import environment
 
 MOST_EVENTS_PER_SECOND = 25_000
-PEERS = ("http.server", "flask", "fastapi", "fastify", "go")
+PEERS = ("http.server", "http.server-buffered", "flask", "fastapi", "fastify", "go")
 SCENARIOS = ("single", "batch", "latency", "spool", "memory")
 
 

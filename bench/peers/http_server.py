@@ -1,8 +1,14 @@
-"""Peer: http.server with one insert_one per request, the plain way to do it."""
+"""Peer: http.server with one insert_one per request, the plain way to do it.
+
+It sends head and payload in two writes, as whoever follows the documentation: Nagle's
+algorithm holds the second one back until the client's delayed ACK, for 40 ms. With the
+argument "buffered" it sends both in one.
+"""
 
 import hmac
 import json
 import os
+import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pymongo
@@ -14,7 +20,7 @@ collection = client[os.environ["MONGODB_DATABASE"]]["events"]
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # head and payload in one write: two would wait for Nagle's algorithm
+    wbufsize = -1 if "buffered" in sys.argv else 0
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
