@@ -2064,7 +2064,7 @@ def test_pipelined_requests_leave_others_their_turn(
 ) -> None:
     """Others need not wait until all requests are answered that came at once."""
     receiver = start()
-    number = 1500  # what one read brings
+    number = 400  # which one read brings, and whose answers the buffers hold
     address = ("127.0.0.1", receiver.port)
 
     def others_come_between() -> bool:
