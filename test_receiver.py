@@ -2064,7 +2064,7 @@ def test_pipelined_requests_leave_others_their_turn(
 ) -> None:
     """Others need not wait until all requests are answered that came at once."""
     receiver = start()
-    number = 400  # which one read brings, and whose answers the buffers hold
+    number = 30  # as many answers as a client gets without reading them
     address = ("127.0.0.1", receiver.port)
 
     def others_come_between() -> bool:
@@ -2082,7 +2082,7 @@ def test_pipelined_requests_leave_others_their_turn(
                 received += part
         return answered < number
 
-    assert any(others_come_between() for _ in range(5))
+    assert any(others_come_between() for _ in range(10))
 
 
 @concurrently
