@@ -45,7 +45,6 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from email.utils import formatdate
 from functools import partial
-from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -71,6 +70,8 @@ log = logging.getLogger("receiver")
 
 LOCAL_MONGODB = "127.0.0.1:27017"
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+# CPython's select() takes 512 sockets on Windows, two of which are the server's own.
+MOST_CONNECTIONS = 500 if sys.platform == "win32" else 100_000
 
 
 class SettingsError(Exception):
@@ -162,10 +163,10 @@ class Settings:
         4 * MIB, "largest body", "RECEIVER_MAX_BODY_BYTES", convert=whole_number(1, GIB)
     )
     max_connections: int = setting(
-        512,
+        min(512, MOST_CONNECTIONS),
         "most connections at once",
         "RECEIVER_MAX_CONNECTIONS",
-        convert=whole_number(1, 100_000),
+        convert=whole_number(1, MOST_CONNECTIONS),
     )
     max_spool_bytes: int = setting(
         GIB,
@@ -299,7 +300,7 @@ def verify(body: bytes, signature: bytes, shared_secrets: Iterable[bytes]) -> bo
 
 # A brace, or a JSON string, whole or cut off by the end, so that a search stays linear.
 STRING_OR_BRACE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[{}]', re.DOTALL)
-MAX_FIRST_EVENT_BYTES = 256 * KIB  # Segment's own limit for an event is 32 KB
+MAX_FIRST_EVENT_BYTES = 64 * KIB  # Segment's own limit for an event is 32 KB
 
 
 def first_event(batch: bytes) -> bytes:
@@ -309,6 +310,8 @@ def first_event(batch: bytes) -> bytes:
         depth += {b"{": 1, b"}": -1}.get(match[0], 0)
         if depth == 0 and match[0] == b"}":
             return batch[1 : match.end()]
+        if depth > MAX_DEPTH:
+            break
     return b""
 
 
@@ -1251,14 +1254,12 @@ class Handler(BaseHTTPRequestHandler):
                 pass
 
     def write(self, data: bytes) -> Conversation[None]:
-        while True:
+        left = memoryview(data)
+        while left:
             try:
-                data = data[self.connection.send(data) :]
+                left = left[self.connection.send(left) :]
             except BlockingIOError:
-                pass
-            if not data:
-                return
-            yield WRITE
+                yield WRITE
 
     def in_thread(
         self, executor: Executor, work: Callable[..., T], *arguments: Any
@@ -1275,10 +1276,10 @@ class Handler(BaseHTTPRequestHandler):
         return future.result()
 
     def in_turn(
-        self, size: int, work: Callable[..., T], *arguments: Any
+        self, large: bool, work: Callable[..., T], *arguments: Any
     ) -> Conversation[T]:
-        """Does it, if for a large body then in a thread, one such after the other."""
-        if size <= SMALL_BODY_BYTES:
+        """Does it, if it is much then in a thread, one such work after the other."""
+        if not large:
             return work(*arguments)
         return (yield from self.in_thread(self.server.parser, work, *arguments))
 
@@ -1363,7 +1364,7 @@ class Handler(BaseHTTPRequestHandler):
         """Sends an answer in one write, and decides whether the connection stays open."""
         self.close_connection |= self.unread > 0 or self.evicted or self.server.stopping
         lines = [
-            f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}",
+            f"HTTP/1.1 {answer.status} {self.responses[answer.status][0]}",
             f"Date: {self.server.date}",
             f"Content-Type: {answer.media_type}",
             f"Content-Length: {len(answer.payload)}",
@@ -1400,7 +1401,9 @@ class Handler(BaseHTTPRequestHandler):
         yield from self.wait_for_room(size)
         try:
             body = yield from self.read_body()
-            yield from self.in_turn(size, authenticate, body, signature, self.settings)
+            # Anybody may have a batch's first event looked for.
+            large = size > SMALL_BODY_BYTES or body.startswith(b"[")
+            yield from self.in_turn(large, authenticate, body, signature, self.settings)
             return (yield from self.store(body))
         finally:
             self.server.give_room(size)
@@ -1408,9 +1411,11 @@ class Handler(BaseHTTPRequestHandler):
     def store(self, body: bytes) -> Conversation[Answer]:
         """Stores an authentic body's events; what cannot be is kept before the answer."""
         try:
-            events = yield from self.in_turn(len(body), parse_events, body)
+            large = len(body) > SMALL_BODY_BYTES
+            events = yield from self.in_turn(large, parse_events, body)
         except Refused as refused:
-            yield from self.reject(body, refused.reason)
+            if refused.status != 503:  # which says that it took too long
+                yield from self.reject(body, refused.reason)
             raise
         is_batch, documents, faults = events
         results: list[Result] = []
@@ -1615,13 +1620,12 @@ class Server(HTTPServer):
         self._listen(True)
         while not self._finished():
             timeout = 0.02 if self.stopping else poll_interval
-            for key, _ in self._selector.select(timeout):
+            ready = [key.data for key, _ in self._selector.select(timeout)]
+            for act in (*ready, self.storage.commit, self.service_actions):
                 try:
-                    key.data()
+                    act()
                 except Exception:
-                    log.exception("connection failed")
-            self.storage.commit()
-            self.service_actions()
+                    log.exception("internal error")
         self._stopped.set()
 
     def stop(self, seconds: float) -> None:
@@ -1630,6 +1634,8 @@ class Server(HTTPServer):
         self.stopping = True
         self.wake()
         self._stopped.wait(seconds + 1)
+        for executor in (self.parser, self.workers):
+            executor.shutdown(wait=False, cancel_futures=True)
 
     def _finished(self) -> bool:
         """Does what is left to do when it stops, and tells whether that was all.
@@ -1747,19 +1753,29 @@ class Server(HTTPServer):
 
     def _evict(self) -> bool:
         """Ends the connection that waits longest; returns False if all are busy."""
-        waiting = [c for c in self._connections if c.phase != BUSY]
-        if not waiting:
-            return False
-        longest = min(waiting, key=lambda connection: connection.since)
-        longest.evicted = True
-        if longest.phase in (HEAD, WAIT, BODY):
-            # Not the client's fault: 408 would be the end of an authentic event.
-            self._resume(longest, unavailable("too many connections"))
-            with contextlib.suppress(OSError):
-                for _ in range(MAX_ACCEPTS):
-                    longest.connection.recv(64 * KIB)
-        self._resume(longest, ConnectionAbortedError())
-        return True
+        for handler in sorted(self._connections, key=lambda handler: handler.since):
+            if handler.phase == IDLE and handler.waits_for == READ:
+                since = handler.since
+                self._resume(handler)  # its request may have come
+                if handler not in self._connections:
+                    return True
+                if handler.since > since:
+                    continue
+            if handler.phase == BUSY or (handler.phase, handler.waits_for) == (
+                IDLE,
+                RESULT,
+            ):
+                continue
+            handler.evicted = True
+            if handler.phase in (HEAD, WAIT, BODY):
+                # Not the client's fault: 408 would be the end of an authentic event.
+                self._resume(handler, unavailable("too many connections"))
+                with contextlib.suppress(OSError):
+                    for _ in range(MAX_ACCEPTS):
+                        handler.connection.recv(64 * KIB)
+            self._resume(handler, ConnectionAbortedError())
+            return True
+        return False
 
     def _expire(self, handler: Handler) -> None:
         """Ends a wait that took too long."""
@@ -2097,17 +2113,18 @@ def run(settings: Settings) -> int:
             print(f"demo page: {server.url}/{fragment}", flush=True)
         notify("READY=1", 5)
         # stop.wait() would go on if another thread got the signal, as the kernel pleases.
-        while not stop.is_set():
+        while not stop.is_set() and loop.is_alive():
             time.sleep(0.1)
             mongod.report_end()
         notify("STOPPING=1", 0.1)
         log.info("stopping")
-        server.stop(5.0)
+        if loop.is_alive():
+            server.stop(5.0)
         storage.close()
     finally:
         mongod.stop(3.0)
     log.info("stopped")
-    return 0
+    return 0 if stop.is_set() else 1
 
 
 def main() -> int:

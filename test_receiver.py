@@ -2059,6 +2059,52 @@ def test_as_many_connections_as_allowed_all_stay(
                 assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
 
 
+def test_at_the_limit_every_complete_request_is_answered(
+    start: Callable[..., Receiver],
+) -> None:
+    """A connection that has just come may have its request in the socket already."""
+    receiver = start("--max-connections", "4")
+    body = json.dumps(track())
+    signature = f"X-Signature: {sign(body.encode())}"
+    request = message(POST, HOST, signature, f"Content-Length: {len(body)}", body=body)
+
+    def attempt(_: int) -> None:
+        for _ in range(10):
+            address = ("127.0.0.1", receiver.port)
+            with socket.create_connection(address, 30) as client:
+                client.sendall(request)
+                assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+    in_threads(8, attempt)
+
+
+@concurrently
+def test_a_body_that_is_late_is_not_rejected(start: Callable[..., Receiver]) -> None:
+    """There is nothing wrong with it; its sender is told to try again."""
+    receiver = start(command=hurried(ANSWER_SECONDS=0.2, CHECK_SECONDS=0.05))
+    body = b"[" + b",".join([b"{}"] * 500_000) + b"]"
+    assert receiver.post(body).status == 503
+    assert receiver.health()["rejected"] == 0
+    assert not list((receiver.data / "rejected").iterdir())
+
+
+@concurrently
+def test_a_server_thread_that_dies_ends_the_process(
+    start: Callable[..., Receiver], tmp_path: Path
+) -> None:
+    """So that whoever supervises it starts it again."""
+    armed = tmp_path / "armed"
+    (python, option, program) = hurried(CHECK_SECONDS=0.25)
+    die = f"import os; go_on = receiver.Server._finished; armed = {str(armed)!r}; "
+    die += "receiver.Server._finished = lambda server: "
+    die += "1 / 0 if os.path.exists(armed) else go_on(server)"
+    program = program.replace("sys.exit", f"{die}; sys.exit")
+    receiver = start(command=(python, option, program))
+    assert receiver.post(track()).status == 200
+    armed.touch()
+    assert receiver.process.wait(10) == 1
+
+
 def test_pipelined_requests_leave_others_their_turn(
     start: Callable[..., Receiver],
 ) -> None:

@@ -153,6 +153,28 @@ class Report:
             sections.append("\n".join(lines))
         return "\n\n".join(sections)
 
+    def summary(self) -> str:
+        """Returns the table of README.md: medians over the rounds, a row a server."""
+        numbers = self.connections()
+        columns = [(number, "per_second", 1, "{:,.0f}") for number in numbers]
+        columns += [(number, "p99", 1e3, "{:.0f} ms") for number in numbers]
+        heads = [f"events/s, {of(numbers[0])}", *map(str, numbers[1:])]
+        heads += [f"p99, {of(numbers[0])}", *map(str, numbers[1:])]
+        if 32 in numbers:
+            columns += [(32, "mongod_cpu_per_event", 1e6, "{:.0f} µs")]
+            heads += ["MongoDB's CPU per event, 32"]
+        lines = [f"| | {' | '.join(heads)} |", "|" + " --- |" * (len(heads) + 1)]
+        for name in self.names():
+            if not self.of(name, 0):
+                cells = [
+                    "no figure"
+                    if self.fault(name, number) or not self.of(name, number)
+                    else form.format(self.typical(name, number, what) * scale)
+                    for number, what, scale, form in columns
+                ]
+                lines.append(f"| {name} | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
     def _section(self, base: str, connections: int) -> str:
         heads = [of(connections), "events/s", f"× {base}", "median", "p99"]
         heads += ["mongod CPU per event", "RSS"]

@@ -210,7 +210,7 @@ class Bench:
                     self.say_run(run)
             for size in LIMITS if limits else ():
                 self.say_run(self.limit(size, number))
-        self.report.say("\n" + self.report.table(base) + "\n")
+        self.report.say(f"\n{self.report.table(base)}\n\n{self.report.summary()}\n")
 
     def say_run(self, run: Run) -> None:
         self.report.runs.append(run)
