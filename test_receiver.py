@@ -2318,9 +2318,7 @@ if LONG:
             assert max(most) < 300
         else:
             assert set(statuses) == {401}
-            assert (
-                max(most) < before.mib + 40
-            )  # threads' stacks and what they receive into
+            assert max(most) < before.mib + 40  # what they receive into
         wait_until(before.is_back)
 
 
@@ -2855,7 +2853,8 @@ def test_mongod_is_absent_and_started_afterwards(
     try:
         load.assert_all_stored()
         assert set(load.statuses) == {202}
-        assert f"{len(load.acknowledged)} events delivered" in receiver.log
+        delivered = f"{len(load.acknowledged)} events delivered"
+        wait_until(lambda: delivered in receiver.log)
         assert receiver.health()["stored"] == len(load.acknowledged)
         assert receiver.post(track()).status == 200
     finally:
