@@ -2006,6 +2006,8 @@ def run(settings: Settings) -> int:
     bound_the_heap()
     gc.freeze()  # less to look through, and less often: 5 % more events (bench/run.py)
     gc.set_threshold(10_000)
+    # A thread that parses a large body lets the event loop go on sooner than after 5 ms.
+    sys.setswitchinterval(0.001)
     client = connect(settings.mongodb_uri)
     storage = Storage(client, settings)
     server = Server(settings, storage, inherited_listener())
