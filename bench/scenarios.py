@@ -44,7 +44,7 @@ BUSY_CONNECTIONS = 512
 LATENCY_CONNECTIONS = 256
 SPOOL_CONNECTIONS = 32
 SPOOL_FILE_EVENTS = 32
-DRAIN_EVENTS_PER_SECOND = 50_000  # more than can be drained, so that some are left
+DRAIN_EVENTS_PER_SECOND = 30_000  # more than can be drained, so that some are left
 QUIET_SECONDS = 0.25
 
 # What a server can do to a measurement: end, refuse, hang. Then there is no figure.
