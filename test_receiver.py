@@ -2059,23 +2059,47 @@ def test_as_many_connections_as_allowed_all_stay(
                 assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
 
 
+def signed_request() -> bytes:
+    body = json.dumps(track())
+    signature = f"X-Signature: {sign(body.encode())}"
+    return message(POST, HOST, signature, f"Content-Length: {len(body)}", body=body)
+
+
 def test_at_the_limit_every_complete_request_is_answered(
     start: Callable[..., Receiver],
 ) -> None:
-    """A connection that has just come may have its request in the socket already."""
-    receiver = start("--max-connections", "4")
-    body = json.dumps(track())
-    signature = f"X-Signature: {sign(body.encode())}"
-    request = message(POST, HOST, signature, f"Content-Length: {len(body)}", body=body)
+    """A connection that has just been accepted may have its request in the socket already."""
+    receiver = start(
+        "--max-connections", "4", command=hurried(GRACE_SECONDS=0, IDLE_SECONDS=1)
+    )
+    receiver.process.send_signal(signal.SIGSTOP)
+    address = ("127.0.0.1", receiver.port)
+    with contextlib.ExitStack() as stack:
+        clients = []
+        for _ in range(12):
+            clients.append(stack.enter_context(socket.create_connection(address, 30)))
+            clients[-1].sendall(signed_request())
+        receiver.process.send_signal(signal.SIGCONT)
+        for client in clients:
+            assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
 
-    def attempt(_: int) -> None:
-        for _ in range(10):
-            address = ("127.0.0.1", receiver.port)
-            with socket.create_connection(address, 30) as client:
-                client.sendall(request)
-                assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
 
-    in_threads(8, attempt)
+def test_a_new_connection_has_a_moment_before_it_makes_room(
+    start: Callable[..., Receiver],
+) -> None:
+    """Its request is probably on its way."""
+    receiver = start("--max-connections", "2", command=hurried(GRACE_SECONDS=3))
+    address = ("127.0.0.1", receiver.port)
+    with contextlib.ExitStack() as stack:
+        first, _second, third = (
+            stack.enter_context(socket.create_connection(address, 30)) for _ in range(3)
+        )
+        third.sendall(signed_request())
+        time.sleep(0.3)
+        first.sendall(signed_request())
+        assert first.recv(4096).startswith(b"HTTP/1.1 200 ")
+        first.close()
+        assert third.recv(4096).startswith(b"HTTP/1.1 200 ")
 
 
 @concurrently
