@@ -555,13 +555,19 @@ def test_the_demo_refuses_any_host_but_loopback(host: str) -> None:
 # --- First run and the embedded MongoDB ---------------------------------------------------------
 
 
+PORT_27017 = threading.Lock()
+
+
 @contextlib.contextmanager
 def port_27017() -> Iterator[None]:
-    """Skips where somebody's MongoDB is on the port that the embedded one would take."""
-    with socket.socket() as probe:
+    """Skips where somebody's MongoDB is on the port that the embedded one would take.
+
+    Receivers that start side by side would find each other on it.
+    """
+    with PORT_27017, socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", 27017)) == 0:
             pytest.skip("port 27017 is taken, so the embedded MongoDB cannot start")
-    yield
+        yield
 
 
 def processes_of(folder: Path) -> list[int]:
