@@ -2685,6 +2685,8 @@ def test_behind_nginx(receiver: Receiver, tmp_path: Path) -> None:
         assert answer.status == 200
         # What nginx lets through of the table of bad requests is refused behind it, or is fine.
         for status, name, request in CLOSING[::5]:
+            if b" HTTP/" not in request.partition(b"\r\n")[0]:
+                continue  # nginx may answer HTTP/0.9, without a head
             with contextlib.suppress(TimeoutError):
                 for got, _ in talk(port, request):
                     assert got not in (500, 502, 504), (name, got)
