@@ -50,29 +50,18 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
-from functools import partial
 from http.server import BaseHTTPRequestHandler
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
-from urllib.parse import quote, unquote, unquote_to_bytes
+from urllib.parse import quote, unquote_to_bytes
 
-import bson
 import bson.json_util
 import pymongo
+import pymongo.errors
 from bson.codec_options import CodecOptions
-from bson.errors import InvalidDocument
 from bson.objectid import ObjectId
 from bson.raw_bson import RawBSONDocument
-from pymongo import ReadPreference
-from pymongo.errors import (
-    BulkWriteError,
-    ConnectionFailure,
-    NetworkTimeout,
-    OperationFailure,
-    PyMongoError,
-    WriteConcernError,
-)
 from pymongo.write_concern import WriteConcern
 
 if sys.platform == "win32":
@@ -82,7 +71,7 @@ else:
     import resource
 
 log = logging.getLogger("receiver")
-output = logging.getLogger("output")
+output = logging.getLogger("output")  # for the user: standard output
 T = TypeVar("T")
 
 # --- 1. Settings ----------------------------------------------------------------------
@@ -112,29 +101,9 @@ def yes_or_no(text: str) -> bool:
     return text.lower() in {"1", "true", "yes", "on"}
 
 
-def database_name(text: str) -> str:
-    if not re.fullmatch(r'[^/\\. "$*<>:|?]{1,63}', text):
-        raise ValueError(f"{text!r} cannot be a MongoDB database's name")
-    return text
-
-
-def collection_name(text: str) -> str:
-    if not re.fullmatch(r"(?!system\.)(?!\.)(?!.*\.\.)[^$]{1,200}(?<!\.)", text):
-        raise ValueError(f"{text!r} cannot be a MongoDB collection's name")
-    return text
-
-
-def setting(
-    default: Any, environment: str, help: str, convert: Any = str, metavar: str = "NAME"
-) -> Any:
+def setting(default: Any, environment: str, help: str, convert: Any = str) -> Any:
     """Declares a field that a flag of the same name or the environment sets."""
-    names = environment.split()
-    metadata = {
-        "help": help,
-        "environment": names,
-        "convert": convert,
-        "metavar": metavar,
-    }
+    metadata = {"names": environment.split(), "help": help, "convert": convert}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -168,37 +137,29 @@ class Settings:
     trust_batches: bool = setting(
         False,
         "SEGMENT_TRUST_BATCHES",
-        "accept a batch of which Segment signed only the first event",
+        "take batches signed by their first event",
         yes_or_no,
     )
     mongodb_uri: str = setting(
-        "",
-        "MONGODB_URI",
-        f"connection string; without it a MongoDB on {LOCAL_MONGODB}, else one that is "
-        "started there",
-        metavar="URI",
+        "", "MONGODB_URI", f"default: {LOCAL_MONGODB}, where one is started if need be"
     )
-    database: str = setting("segment", "MONGODB_DATABASE", "database", database_name)
-    collection: str = setting(
-        "events", "MONGODB_COLLECTION", "collection", collection_name
-    )
-    host: str = setting(
-        "127.0.0.1", "RECEIVER_HOST", "address to listen on", metavar="ADDRESS"
-    )
+    database: str = setting("segment", "MONGODB_DATABASE", "MongoDB's database")
+    collection: str = setting("events", "MONGODB_COLLECTION", "MongoDB's collection")
+    host: str = setting("127.0.0.1", "RECEIVER_HOST", "address to listen on")
     port: int = setting(
-        8080, "RECEIVER_PORT PORT", "port to listen on", number(0, 65535), "PORT"
+        8080, "RECEIVER_PORT PORT", "port to listen on", number(0, 65535)
     )
     data_dir: str = setting(
-        "data", "RECEIVER_DATA_DIR", "holds spool/, rejected/, mongodb/", str, "FOLDER"
+        "data", "RECEIVER_DATA_DIR", "holds spool/, rejected/, mongodb/"
     )
     max_body_bytes: int = setting(
-        16 * MIB, "RECEIVER_MAX_BODY_BYTES", "largest body", number(1, GIB), "BYTES"
+        16 * MIB, "RECEIVER_MAX_BODY_BYTES", "largest body", number(1, GIB)
     )
     max_connections: int = setting(
-        512, "RECEIVER_MAX_CONNECTIONS", "most at once", number(1, 100_000), "COUNT"
+        512, "RECEIVER_MAX_CONNECTIONS", "most at once", number(1, 100_000)
     )
     max_spool_bytes: int = setting(
-        GIB, "RECEIVER_MAX_SPOOL_BYTES", "largest spool/", number(0, GIB**2), "BYTES"
+        GIB, "RECEIVER_MAX_SPOOL_BYTES", "largest spool/", number(0, GIB**2)
     )
 
     @classmethod
@@ -208,70 +169,62 @@ class Settings:
         Raises SettingsError; exits for --help.
         """
         options = [field for field in dataclasses.fields(cls) if field.metadata]
-        flags = parse_flags(options, arguments)
-        if re.search("//[^/@]*:[^/@]*@", flags["mongodb_uri"] or ""):
-            raise SettingsError(
-                "--mongodb-uri: the process list would show its password: "
-                "set MONGODB_URI instead"
-            )
-        values: dict[str, Any] = {"demo": flags["demo"], "check": flags["check"]}
+        values = parse_flags(options, arguments)
+        if re.search("//[^/@]*:[^/@]*@", values.get("mongodb_uri", "")):
+            why = "the process list would show its password"
+            raise SettingsError(f"--mongodb-uri: {why}: set MONGODB_URI instead")
         for option in options:
-            names = option.metadata["environment"]
-            sources = [(name, environment.get(name)) for name in names]
-            flag = "--" + option.name.replace("_", "-")
-            for source, text in ((flag, flags[option.name]), *sources):
-                if text is not None:
-                    try:
-                        convert = option.metadata["convert"]
-                        values[option.name] = convert(usable(source, text))
-                    except ValueError as error:
-                        raise SettingsError(f"{source}: {error}") from None
-                    break
+            source = "--" + option.name.replace("_", "-")
+            for name in option.metadata["names"]:
+                if option.name not in values and name in environment:
+                    source, values[option.name] = name, environment[name]
+            if option.name in values:
+                text = usable(source, values[option.name])
+                try:
+                    values[option.name] = option.metadata["convert"](text)
+                except ValueError as error:
+                    raise SettingsError(f"{source}: {error}") from None
         if folders := environment.get("STATE_DIRECTORY"):  # of systemd
             values.setdefault("data_dir", folders.split(":")[0])
-        if flags["mongodb_uri"] is None:
-            values["mongodb_uri"] = secret("MONGODB_URI", environment)
-
+        values.setdefault("mongodb_uri", secret("MONGODB_URI", environment))
         shared = secret("SEGMENT_SHARED_SECRET", environment)
-        public = secret("SEGMENT_PUBLIC_SECRET", environment)
-        values["demo"] |= not (shared or flags["check"])
-        host = values.get("host", cls.host)
-        if values["demo"] and not is_loopback(host):
-            why = "--demo" if shared else "no SEGMENT_SHARED_SECRET is set"
-            raise SettingsError(f"{why}: --host must be loopback, not {host!r}")
         values["shared_secrets"] = tuple(shared.encode().split())
+        public = secret("SEGMENT_PUBLIC_SECRET", environment)
         values["public_secrets"] = tuple(public.encode().split())
         values["events_secrets"] = values["public_secrets"]
-        return cls(**values)
+        values["demo"] |= not (shared or values["check"])
+        settings = cls(**values)
+        if settings.demo and not is_loopback(settings.host):
+            why = "--demo" if shared else "no SEGMENT_SHARED_SECRET is set"
+            raise SettingsError(
+                f"{why}: --host must be loopback, not {settings.host!r}"
+            )
+        return settings
 
 
-def parse_flags(
-    options: Iterable[dataclasses.Field[Any]], arguments: Sequence[str]
-) -> dict[str, Any]:
-    """Returns the flags' values, None for those that are not given."""
+def parse_flags(options: Iterable[Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """Returns the values of the flags that are given."""
     parser = OneLineParser(
         prog="receiver.py",
         description="Stores every event that Segment's webhooks bring in MongoDB.",
         epilog=SECRETS_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for name, about in (
-        ("--demo", "serve the demo page; on by itself without a shared secret"),
-        ("--check", "test the settings, MongoDB and the spool, then exit"),
-    ):
-        parser.add_argument(name, action="store_true", help=about)
+    about = "serve the demo page; on by itself without a shared secret"
+    parser.add_argument("--demo", action="store_true", default=False, help=about)
+    about = "test the settings, MongoDB and the spool, then exit"
+    parser.add_argument("--check", action="store_true", default=False, help=about)
     for option in options:
-        where = ", else ".join(option.metadata["environment"])
+        flag = "--" + option.name.replace("_", "-")
+        where = ", else ".join(option.metadata["names"])
         default = f"; default {option.default}" if option.default else ""
-        is_switch = option.type == "bool"
-        parser.add_argument(
-            "--" + option.name.replace("_", "-"),
-            nargs="?" if is_switch else None,
-            const="yes" if is_switch else None,
-            metavar="yes|no" if is_switch else option.metadata["metavar"],
-            help=f"{option.metadata['help']} [{where}{default}]",
-        )
+        about = f"{option.metadata['help']} [{where}{default}]"
+        if option.type == "bool":
+            parser.add_argument(flag, nargs="?", const="yes", metavar="no", help=about)
+        else:
+            parser.add_argument(flag, help=about)
     return vars(parser.parse_args(arguments))
 
 
@@ -282,6 +235,10 @@ def usable(source: str, text: str) -> str:
     if found := re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", text):
         what = "is not UTF-8" if found[0] >= "\ud800" else "has a control character"
         raise SettingsError(f"{source} {what}, at character {found.start() + 1}")
+    is_secret = source.lower().endswith(("secret", "uri"))
+    if is_secret and text[0] == text[-1] and text[0] in "\"'":
+        why = "is in quotes, which docker's --env-file keeps: take them away"
+        raise SettingsError(f"{source} {why}")
     return text
 
 
@@ -293,23 +250,16 @@ def secret(variable: str, environment: Mapping[str, str]) -> str:
     source, text = variable, environment.get(variable)
     folder = environment.get("CREDENTIALS_DIRECTORY")
     if text is None and folder:
-        source = f"credential {variable.lower()}"
+        path = Path(folder, variable.lower())
+        source = f"credential {path.name}"
         try:
-            path = Path(folder, variable.lower())
-            text = path.read_bytes().decode("utf-8", "surrogateescape")
+            text = os.fsdecode(path.read_bytes())
         except FileNotFoundError:
             return ""
         except OSError as error:
             raise SettingsError(f"{source}: {error.strerror}") from None
-    if text is None:
-        return ""
     # White space between secrets may be line ends.
-    text = usable(source, " ".join(text.split()))
-    if text[0] == text[-1] and text[0] in "\"'":
-        raise SettingsError(
-            f"{source} is in quotes, which docker's --env-file keeps: take them away"
-        )
-    return text
+    return "" if text is None else usable(source, " ".join(text.split()))
 
 
 def is_loopback(host: str) -> bool:
@@ -324,23 +274,14 @@ def is_loopback(host: str) -> bool:
 class Refused(Exception):
     """A request or an event that is not accepted: HTTP status, reason for the sender.
 
-    A reason quotes nothing that came from outside, since it goes into the log.
+    Segment gives up on 4xx at once, and tries 5xx again for four hours. A reason quotes
+    nothing that came from outside, since it goes into the log.
     """
 
-    def __init__(self, status: int, reason: str, **headers: str) -> None:
-        super().__init__(reason)
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(status, reason)
         self.status = status
         self.reason = reason
-        self.headers = {name.replace("_", "-"): text for name, text in headers.items()}
-
-
-def unauthorized(reason: str) -> Refused:
-    return Refused(401, reason, WWW_Authenticate="Bearer")
-
-
-def unavailable(reason: str) -> Refused:
-    """503 asks Segment to try again, which it does for four hours."""
-    return Refused(503, reason, Retry_After="5")
 
 
 def sign(body: bytes, secret: bytes) -> str:
@@ -383,7 +324,7 @@ def authenticate(body: bytes, signature: str, settings: Settings) -> bool:
     if verify(body, signature, keys):
         return False
     if not body.startswith(b"["):
-        raise unauthorized("X-Signature does not match the body")
+        raise Refused(401, "X-Signature does not match the body")
     for before, after in ((b"[", b"]"), (b'[{"json":', b"}]")):
         if body.startswith(before):
             start = len(before)
@@ -392,11 +333,10 @@ def authenticate(body: bytes, signature: str, settings: Settings) -> bool:
             if any(event and verify(event, signature, keys) for event in (only, first)):
                 return start > 1
     if settings.trust_batches:
-        raise unauthorized("X-Signature matches neither the body nor its first event")
-    raise unauthorized(
-        "X-Signature does not match the body: if this is a batch of Segment's, which "
-        "signs the first event only, turn batching off or set SEGMENT_TRUST_BATCHES=1"
-    )
+        raise Refused(401, "X-Signature matches neither the body nor its first event")
+    reason = "X-Signature does not match the body: of a batch Segment signs the first "
+    reason += "event only: turn batching off, or set SEGMENT_TRUST_BATCHES=1"
+    raise Refused(401, reason)
 
 
 # --- 3. Events ------------------------------------------------------------------------
@@ -405,6 +345,7 @@ def authenticate(body: bytes, signature: str, settings: Settings) -> bool:
 MAX_DEPTH = 100
 MAX_BSON_BYTES = 16 * MIB
 TOO_DEEP = f"BSON cannot hold it: nested more than {MAX_DEPTH} levels deep"
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def integer(digits: str) -> int | float:
@@ -420,7 +361,6 @@ def not_json(constant: str) -> NoReturn:
 
 # json.loads would guess UTF-16 and take NaN; int() refuses more than 4300 digits.
 DECODER = json.JSONDecoder(parse_int=integer, parse_constant=not_json)
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Document(NamedTuple):
@@ -431,7 +371,7 @@ class Document(NamedTuple):
 
 
 class Events(NamedTuple):
-    """What a body held; ``faults`` are the reasons why events of a batch cannot be stored."""
+    """What a body held; ``faults`` say why events of a batch can be no documents."""
 
     is_batch: bool
     documents: list[Document]
@@ -454,11 +394,10 @@ def parse_events(body: bytes, wrapped: bool) -> Events:
         raise Refused(400, f"not JSON: at character {error.pos}") from None
     is_batch = isinstance(value, list)
     events = value if is_batch else [value]
-    if wrapped:
-        events = [
-            event["json"] if isinstance(event, dict) and [*event] == ["json"] else None
-            for event in events
-        ]
+    if wrapped and all(
+        isinstance(each, dict) and [*each] == ["json"] for each in events
+    ):
+        events = [each["json"] for each in events]
     if not all(isinstance(event, dict) for event in events):
         raise Refused(400, "neither a JSON object nor an array of objects")
     parsed = Events(is_batch, [], [])
@@ -466,26 +405,21 @@ def parse_events(body: bytes, wrapped: bool) -> Events:
         try:
             parsed.documents.append(to_document(event))
         except Refused as refused:
-            if not is_batch:
+            if len(events) == 1:
                 raise
-            parsed.faults.append(f"event {index}: {refused.reason}")
+            parsed.faults.append(f"{refused.reason} (event {index})")
     if parsed.faults and not parsed.documents:
-        raise Refused(422, parsed.faults[0])
+        raise Refused(422, "\n".join(parsed.faults))
     return parsed
 
 
 def depth(value: Any) -> int:
-    """Returns how many objects and arrays are nested in one another."""
-    levels, level = 0, [value]
-    while level:
-        levels += 1
-        level = [
-            child
-            for parent in level
-            for child in (parent.values() if type(parent) is dict else parent)
-            if type(child) is dict or type(child) is list
-        ]
-    return levels
+    """Returns how many objects and arrays are nested. Raises RecursionError."""
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return 0
+    return 1 + max(map(depth, value), default=0)
 
 
 def has_operator(value: Any) -> bool:
@@ -502,11 +436,13 @@ def to_document(event: dict[str, Any]) -> Document:
     ``messageId`` is unique and stays the same over Segment's retries and replays: as
     ``_id`` it makes storing an event a second time impossible.
     """
-    own = "_id" in event
     try:
-        if own and (isinstance(event["_id"], list) or has_operator(event["_id"])):
-            raise Refused(422, "BSON cannot hold it: _id is an array or has a $ key")
-        if not own:
+        if own := "_id" in event:
+            if isinstance(event["_id"], list) or has_operator(event["_id"]):
+                raise Refused(
+                    422, "BSON cannot hold it: _id is an array or has a $ key"
+                )
+        else:
             name = event.get("messageId")
             event["_id"] = name if name and isinstance(name, str) else ObjectId()
         try:
@@ -516,29 +452,28 @@ def to_document(event: dict[str, Any]) -> Document:
                 event["_id"] = ObjectId()  # two that differ only there are two events
             event = without_lone_surrogates(event)
             encoded = bson.encode(event)
-    except InvalidDocument:
+        # Nesting that deep takes more bytes of these types than most events have.
+        levels = encoded.count(b"\x03") + encoded.count(b"\x04")
+        if levels > MAX_DEPTH and depth(event) > MAX_DEPTH:
+            raise Refused(422, TOO_DEEP)
+    except bson.errors.InvalidDocument:
         raise Refused(422, "BSON cannot hold it: a NUL in a key") from None
     except RecursionError:
         raise Refused(422, TOO_DEEP) from None
-    # Nesting that deep takes more bytes of these types than most events have.
-    levels = encoded.count(b"\x03") + encoded.count(b"\x04")
-    if levels > MAX_DEPTH and depth(event) > MAX_DEPTH:
-        raise Refused(422, TOO_DEEP)
-    if (size := len(encoded)) > MAX_BSON_BYTES:
-        reason = f"{size} bytes, at most {MAX_BSON_BYTES}"
-        raise Refused(422, f"BSON cannot hold it: {reason}")
+    if len(encoded) > MAX_BSON_BYTES:
+        raise Refused(422, f"BSON cannot hold it: more than {MAX_BSON_BYTES} bytes")
     return Document(event["_id"], encoded)
 
 
 def without_lone_surrogates(value: Any) -> Any:
     """Returns a copy with U+FFFD for each. Raises Refused if two keys become one by it."""
+    clean = without_lone_surrogates
     if isinstance(value, str):
         return LONE_SURROGATE.sub("\ufffd", value)
     if isinstance(value, list):
-        return [without_lone_surrogates(item) for item in value]
+        return [clean(item) for item in value]
     if not isinstance(value, dict):
         return value
-    clean = without_lone_surrogates
     copy = {clean(name): clean(item) for name, item in value.items()}
     if len(copy) != len(value):
         raise Refused(422, "BSON cannot hold it: keys differ only in a lone surrogate")
@@ -547,17 +482,14 @@ def without_lone_surrogates(value: Any) -> Any:
 
 # --- 4. Storage -----------------------------------------------------------------------
 
-Client = pymongo.MongoClient[dict[str, Any]]
-
 INSERT_SECONDS = 1.8  # an event waits for the insert before its own, and for its own
 RETRY_SECONDS = 1.0  # between two rounds of the spool
 REFUSED_SECONDS = 30.0  # a file of refused documents rests so long after its last try
 WEDGED_SECONDS = 20.0  # a batch that takes longer stops the watchdog's feed
-QUIET_SECONDS = 60.0  # an outage that comes back within this time is not said again
-# What a piece of the spool may take, seconds: so much, and so much for its bytes.
+# A piece of the spool, and the time that it may take: so much, and more for its bytes.
+PIECE_BYTES = MIB
 PIECE_SECONDS = 5.0
 PIECE_BYTES_PER_SECOND = 60_000
-PIECE_BYTES = MIB
 # A batch goes at once if none is in flight, else this long after the last one. To a near
 # MongoDB it is one at a time; with MongoDB 20 ms away the median answer takes 2.5 round
 # trips with one in flight, 1.6 with four, 1.5 with eight (256 connections).
@@ -568,8 +500,8 @@ MAX_BATCH_BYTES = 16 * MIB
 MAX_WAITING_EVENTS = 20_000
 # https://github.com/mongodb/mongo/blob/master/src/mongo/base/error_codes.yml
 DUPLICATE_KEY = 11000
-REFUSED = ".refused.bson"
-WAITING = {"refused", "spooled"}  # results of what goes to the spool
+REFUSED = ".refused.bson"  # how the names of files end that rest
+AS_STORED = CodecOptions(document_class=RawBSONDocument)  # nothing is converted
 
 
 def open_collection(settings: Settings) -> Any:
@@ -588,31 +520,36 @@ def open_collection(settings: Settings) -> Any:
         if uri.count("@") > 1:
             raise ValueError("an @ in the user's name or password is written %40")
         with warnings.catch_warnings(action="error", category=UserWarning):
-            client: Client = pymongo.MongoClient(uri, **options)
+            client: Any = pymongo.MongoClient(uri, **options)
         given = client.write_concern.document
         if given.get("w") == 0:
             raise ValueError("with w=0 MongoDB never says that it stored an event")
         concern = WriteConcern(**{"w": "majority", "j": True, **given})
-        database = client[settings.database]
-        return database.get_collection(settings.collection, write_concern=concern)
-    except (PyMongoError, ValueError, TypeError, OSError, UserWarning) as error:
+    except (pymongo.errors.PyMongoError, ValueError, OSError, UserWarning) as error:
         reason = re.sub(r"^\[Errno \d+\] ", "", str(error))
-        for piece in re.split("[/:@?&=,;]+", unquote(uri) + "/" + uri):
-            if len(piece) > 2 and piece.lower() not in reason.lower().split("'")[0]:
+        known = re.findall("[?&]([^=]*)=", uri)
+        for piece in re.split("[/:@?&=,]+", uri.partition("://")[2]):
+            if len(piece) > 2 and piece not in known:
                 reason = reason.replace(piece, "...")
         raise SettingsError(f"MONGODB_URI: {reason[:300]}") from None
+    try:
+        database = client[settings.database]
+        return database.get_collection(settings.collection, write_concern=concern)
+    except pymongo.errors.InvalidName as error:
+        names = "MONGODB_DATABASE or MONGODB_COLLECTION"
+        raise SettingsError(f"{names}: {error}") from None
 
 
 def words(text: str) -> str:
     """Returns a message's beginning, up to where it may quote an event."""
-    return re.split(r"[:{\"']", text)[0].strip()[:200]
+    return re.split("[:{\"'\n]", text)[0].strip()[:200]
 
 
 def describe(error: BaseException) -> str:
     """Returns what an error of pymongo's may say in the log, and no more."""
     name = type(error).__name__
-    if isinstance(error, OperationFailure):
-        return f"{name}: code {error.code}, {words(str(error))}"
+    if isinstance(error, pymongo.errors.OperationFailure):
+        return f"{name}, code {error.code}, {words(str(error))}"
     return name
 
 
@@ -623,31 +560,28 @@ def is_repeat(collection: Any, data: bytes, fault: Mapping[str, Any]) -> bool:
     other case (an ``_id`` of the event's own, a collation, a service that does not name
     the key) a look at what stands under the ``_id`` decides. Raises PyMongoError.
     """
-    document = RawBSONDocument(data)
-    message_id = document.get("messageId")
-    named = isinstance(message_id, str) and message_id != ""
-    by_message_id = named and document["_id"] == message_id
+    event = RawBSONDocument(data)
+    name = event.get("messageId")
+    is_named = isinstance(name, str) and name != ""
+    by_message_id = is_named and event["_id"] == name
     if "collation" not in fault:
-        key = list(fault.get("keyPattern", ()))
-        if (key == ["_id"] and by_message_id) or (key == ["messageId"] and named):
+        key = [*fault.get("keyPattern", ())]
+        if (key == ["_id"] and by_message_id) or (key == ["messageId"] and is_named):
             return True
-    primary = collection.with_options(
-        CodecOptions(document_class=RawBSONDocument),
-        read_preference=ReadPreference.PRIMARY,
-    )
+    primary = collection.with_options(AS_STORED, pymongo.ReadPreference.PRIMARY)
     try:
-        found = primary.find_one({"_id": {"$eq": document["_id"]}})
-    except OperationFailure as error:
+        found = primary.find_one({"_id": {"$eq": event["_id"]}})
+    except pymongo.errors.OperationFailure as error:
         if error.timeout:
             raise
         return False  # its user may not look
-    if found is None or bson.encode({"_id": found["_id"]}) != bson.encode(
-        {"_id": document["_id"]}
-    ):
+    # Compared as BSON, since to Python 1, 1.0 and True are one; MongoDB puts _id first.
+    ids = [bson.encode({"_id": each and each["_id"]}) for each in (found, event)]
+    if found is None or ids[0] != ids[1]:
         return False
-    # MongoDB has moved _id to the front.
-    same = bson.encode({"_id": 0, **found}) == bson.encode({"_id": 0, **document})
-    return by_message_id or same
+    return by_message_id or (
+        bson.encode({"_id": 0, **found}) == bson.encode({"_id": 0, **event})
+    )
 
 
 def insert(
@@ -663,35 +597,26 @@ def insert(
     with pymongo.timeout(seconds):
         try:
             collection.insert_many(map(RawBSONDocument, documents), ordered=False)
-        except BulkWriteError as error:
+        except pymongo.errors.BulkWriteError as error:
             for fault in error.details["writeConcernErrors"]:
-                raise WriteConcernError(fault["errmsg"], fault["code"]) from None
+                why = fault["errmsg"], fault["code"]
+                raise pymongo.errors.WriteConcernError(*why) from None
             for fault in error.details["writeErrors"]:
                 index, code = fault["index"], fault["code"]
-                results[index] = "refused"
-                if code == DUPLICATE_KEY and is_repeat(
-                    collection, documents[index], fault
-                ):
+                data = documents[index]
+                if code == DUPLICATE_KEY and is_repeat(collection, data, fault):
                     results[index] = "duplicate"
                 else:
+                    results[index] = "refused"
                     complaints[code] = words(fault["errmsg"])
     return results, complaints
-
-
-class Piece(NamedTuple):
-    """Some documents of a file in the spool, and where they end in it."""
-
-    documents: list[bytes]
-    end: int
-    is_last: bool
 
 
 class Disk:
     """``spool/`` and ``rejected/``: files that survive a power cut.
 
-    All methods but ``open`` run in one thread, one after the other. ``files`` and
-    ``bytes`` are what the spool holds, as known from the last look and since. Everything
-    raises OSError.
+    Once it is open, all methods run in one thread, one after the other, and raise
+    OSError. ``files`` and ``bytes`` are what the spool holds, as far as is known.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -710,25 +635,24 @@ class Disk:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 if folder == self.data:
                     lock_folder(folder)
-                # Cut off as they were written, so never promised.
+                self.write(folder / ".tmp-probe", b"")
+                # With what was cut off as it was written, so never promised.
                 for unfinished in folder.glob(".tmp-*"):
                     unfinished.unlink()
-                self.write(folder / ".tmp-probe", b"")
-                (folder / ".tmp-probe").unlink()
                 sync_folder(folder.parent)
             except BlockingIOError:
                 raise SettingsError(f"{folder}: another receiver uses it") from None
             except OSError as error:
-                reason = f"cannot write to it: {error.strerror}"
-                raise SettingsError(f"data folder {folder}: {reason}") from None
+                why = f"cannot write to {folder}: {error.strerror}"
+                raise SettingsError(f"RECEIVER_DATA_DIR: {why}") from None
 
     def write(self, path: Path, data: bytes) -> None:
         """Writes a file whole and durably, or not at all."""
         path.parent.mkdir(mode=0o700, exist_ok=True)
         temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
+        private = functools.partial(os.open, mode=0o600)  # events hold personal data
         try:
-            # For its owner only: events hold personal data.
-            with open(temporary, "xb", opener=partial(os.open, mode=0o600)) as file:
+            with open(temporary, "xb", opener=private) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -739,24 +663,28 @@ class Disk:
             raise
         sync_folder(path.parent)
 
-    def require_room(self, size: int) -> None:
-        if self.bytes + size > self.max_bytes:
-            self.scan()  # somebody may have made room
-        if self.bytes + size > self.max_bytes:
-            raise OSError(errno.EDQUOT, f"limit of {self.max_bytes} bytes reached")
-
-    def put(
-        self, documents: Iterable[bytes], suffix: str, is_fresh: bool = False
-    ) -> None:
+    def put(self, documents: Iterable[bytes], suffix: str, has_limit: bool) -> None:
         """Writes documents to a new file of the spool: a dump, as mongorestore reads."""
         data = b"".join(documents)
-        if is_fresh:
+        if has_limit:
             self.require_room(len(data))
         # After a crash, or with a wrong clock, a time alone could be there already.
         name = f"{time.time_ns():020d}-{secrets.token_hex(4)}{suffix}"
         self.write(self.spool / name, data)
         self.files += 1
         self.bytes += len(data)
+
+    def require_room(self, size: int) -> None:
+        if self.bytes + size > self.max_bytes:
+            self.scan()  # somebody may have made room
+        if self.bytes + size > self.max_bytes:
+            raise OSError(errno.EDQUOT, f"limit of {self.max_bytes} bytes reached")
+
+    def probe(self, size: int) -> None:
+        """Finds out whether an event of that many bytes could be written."""
+        self.require_room(size)
+        self.write(self.spool / ".tmp-probe", bytes(size))
+        os.unlink(self.spool / ".tmp-probe")
 
     def scan(self) -> dict[str, float]:
         """Returns the spool's files with the time of their last change, oldest first."""
@@ -765,17 +693,17 @@ class Disk:
         with os.scandir(self.spool) as entries:
             for entry in entries:
                 if entry.name[0] != "." and entry.is_file(follow_symlinks=False):
-                    status = entry.stat(follow_symlinks=False)
-                    found[entry.name] = status.st_mtime
-                    size += status.st_size
+                    found[entry.name] = entry.stat().st_mtime
+                    size += entry.stat().st_size
         self.files, self.bytes = len(found), size
         return dict(sorted(found.items()))
 
-    def read(self, name: str, offset: int, most: int) -> Piece:
-        """Reads documents from there on, of ``most`` bytes together, but at least one.
+    def read(self, name: str, offset: int, most: int) -> tuple[list[bytes], int, bool]:
+        """Returns documents from there on, where they end, and whether it is the file's.
 
-        One without ``_id`` is set aside, since a repeated try would store it again.
-        Raises ValueError where what comes next is no document.
+        They have ``most`` bytes together, or it is one. A document without ``_id`` is set
+        aside, since a repeated try would store it again; so is a file where what comes
+        next is no document: FileNotFoundError.
         """
         documents: list[bytes] = []
         end = offset
@@ -788,24 +716,22 @@ class Disk:
                 if documents and end + size - offset > most:
                     break
                 # MongoDB's own documents may be 16 KiB larger than those of its users.
-                whole = 5 <= size <= MAX_BSON_BYTES + 16 * KIB
-                document = head + (file.read(size - 4) if whole else b"")
-                if not whole or len(document) < size or document[-1] != 0:
-                    if documents:
-                        break
-                    raise ValueError(f"torn, empty or foreign at byte {end}")
+                is_size = 5 <= size <= MAX_BSON_BYTES + 16 * KIB
+                document = head + file.read(size - 4 if is_size else 0)
                 try:
                     has_id = "_id" in RawBSONDocument(document)
                 except bson.errors.InvalidBSON:
-                    raise ValueError(f"no BSON at byte {end}") from None
+                    if documents:
+                        break
+                    why = f"spool/{name} is torn, empty or foreign at byte {end}"
+                    self.set_aside(name, why)
+                    raise FileNotFoundError(errno.ENOENT, why) from None
                 if has_id:
                     documents.append(document)
                 else:
-                    self.keep(
-                        document, f"spool/{name}: a document without _id", ".bson"
-                    )
+                    self.keep(document, f"spool/{name}, at byte {end}: no _id", ".bson")
                 end += size
-        return Piece(documents, end, end >= length)
+        return documents, end, end == length
 
     def touch(self, name: str) -> None:
         os.utime(self.spool / name)
@@ -822,21 +748,15 @@ class Disk:
         name = hashlib.sha256(data).hexdigest()[:32]  # again the same, the same file
         self.write(self.rejected / f"{name}.reason.txt", f"{reason}\n".encode())
         self.write(self.rejected / f"{name}{suffix}", data)
-        log.warning("kept as %s: %s", self.rejected / f"{name}{suffix}", words(reason))
+        log.warning("kept as rejected/%s%s: %s", name, suffix, words(reason))
 
     def set_aside(self, name: str, reason: str) -> None:
-        """Moves a file that is no spool to ``rejected/``."""
+        """Moves a file to ``rejected/``."""
         kept = self.rejected / f"{secrets.token_hex(4)}-{name}"
         self.write(kept.with_name(f"{kept.name}.reason.txt"), f"{reason}\n".encode())
         os.replace(self.spool / name, kept)
         sync_folder(self.rejected)
-        log.error("spool/%s is set aside as %s: %s", name, kept, reason)
-
-    def probe(self, size: int) -> None:
-        """Finds out whether an event of that many bytes could be written."""
-        self.require_room(size)
-        self.write(self.spool / ".tmp-probe", bytes(size))
-        os.unlink(self.spool / ".tmp-probe")
+        log.error("kept as rejected/%s: %s", kept.name, reason)
 
 
 def sync_folder(path: Path) -> None:
@@ -848,16 +768,15 @@ def sync_folder(path: Path) -> None:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            warn_of_sync(path)
+            warn_of_renames(path)
         finally:
             os.close(descriptor)
 
 
-@functools.cache
-def warn_of_sync(path: Path) -> None:
-    log.warning(
-        "%s: its file system cannot make renames durable: a power cut may", path
-    )
+@functools.cache  # once is enough
+def warn_of_renames(path: Path) -> None:
+    message = "%s: its file system cannot sync a folder: a power cut may undo a rename"
+    log.warning(message, path)
 
 
 def lock_folder(path: Path) -> None:
@@ -873,14 +792,20 @@ def lock_folder(path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+class Submission(NamedTuple):
+    """One request's documents on their way, and the results that it waits for."""
+
+    documents: list[bytes]
+    results: asyncio.Future[list[str]]
+
+
 @dataclasses.dataclass
 class Progress:
-    """How far a file of the spool has been delivered, and how the next piece is tried."""
+    """How far a file of the spool has been delivered, and how its next piece is tried."""
 
     offset: int = 0
     most: int = PIECE_BYTES
     failures: int = 0  # in a row
-    refusals: int = 0  # in a row, of a piece that is one document
 
 
 class Storage:
@@ -888,42 +813,40 @@ class Storage:
 
     Group commit: all that waits goes out as one insert, and one journal flush serves
     every event that came during the last one. What MongoDB does not take, whatever it
-    says, is in the spool, and is tried again until it does: nobody judges an event by an
-    error code. ``up`` tells whether fresh events are worth a try; while it is false they
-    go to the spool. ``counters`` are events since the start.
+    says, is in the spool, and is tried again until it does: error codes differ too much
+    to judge an event by. ``up`` tells whether fresh events are worth a try; while it is
+    false they go to the spool. ``failing`` are the bytes that lately could be kept
+    nowhere, ``counters`` are events since the start.
     """
 
     def __init__(self, collection: Any, disk: Disk) -> None:
         self.collection = collection
         self.disk = disk
         self.up = True
+        self.failing = 0
         self.counters = Counter(
             stored=0, duplicates=0, rejected=0, spooled=0, refused=0
         )
         self._loop = asyncio.get_running_loop()
-        self._mongodb = ThreadPoolExecutor(MAX_IN_FLIGHT + 2)  # and spool, demo
+        self._mongodb = ThreadPoolExecutor(MAX_IN_FLIGHT + 2)  # and the spool, the demo
         self._disk = ThreadPoolExecutor(1)
-        self._queue: deque[tuple[list[bytes], asyncio.Future[list[str]]]] = deque()
+        self._queue: deque[Submission] = deque()
         self._waiting = 0  # events in the queue or in flight
         self._in_flight: dict[asyncio.Task[None], float] = {}  # since when
         self._next_batch = 0.0  # when another may be sent beside them
         self._sending: asyncio.Handle | None = None
-        self._unkept = 0  # bytes that lately could be kept nowhere
         self._progress: dict[str, Progress] = {}
-        self._delivered = 0  # events since the spool last had something to send
         self._after = ""  # the file at which the last round ended
+        self._delivered = 0  # events since the spool last had nothing to send
         self._said: set[str] = set()
         self._outage_said = False
-        self._quiet_until = 0.0
-        self._drainer: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self._drainer = self._loop.create_task(self._drain())
+        self._draining = self._loop.create_task(self._drain())
 
     async def close(self, seconds: float) -> None:
         """Stores or spools what waits, at most for so long."""
-        if self._drainer:
-            self._drainer.cancel()  # what it has under way is still in the spool
+        self._draining.cancel()  # what it has under way is still in the spool
         if self._in_flight:
             await asyncio.wait(self._in_flight, timeout=seconds)
 
@@ -933,24 +856,24 @@ class Storage:
         Raises Refused (503) if neither MongoDB nor the disk took one of them, or too
         much is in flight.
         """
+        if not documents:
+            return []
         if self._waiting and self._waiting + len(documents) > MAX_WAITING_EVENTS:
-            raise unavailable("too many events in flight")
-        future: asyncio.Future[list[str]] = self._loop.create_future()
+            raise Refused(503, "too many events in flight")
+        submission = Submission(documents, self._loop.create_future())
         self._waiting += len(documents)
-        self._queue.append((documents, future))
+        self._queue.append(submission)
         if not self._sending:  # after all that came in this turn of the loop
             self._sending = self._loop.call_soon(self._send)
-        return await future
+        return await submission.results
 
     async def keep(self, body: bytes, reason: str, events: int = 1) -> None:
         """Keeps a body that can be no document. Raises Refused (503) if it cannot."""
         try:
             await self.on_disk(self.disk.keep, body, reason, ".json")
         except OSError as error:
-            self._say(
-                "keep", "cannot write to %s: %s", self.disk.rejected, error.strerror
-            )
-            raise unavailable("it cannot be stored, and not be kept either") from None
+            self._say("cannot write to %s: %s", self.disk.rejected, error.strerror)
+            raise Refused(503, "it cannot be stored, nor kept on disk") from None
         self.counters["rejected"] += events
 
     async def on_disk(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -963,44 +886,15 @@ class Storage:
         """Returns MongoDB's answer to a command, nothing if none comes in that time."""
 
         def ask() -> dict[str, Any]:
-            with contextlib.suppress(PyMongoError), pymongo.timeout(seconds):
-                return dict(self.collection.database.client.admin.command(command))
+            client = self.collection.database.client
+            with (
+                contextlib.suppress(pymongo.errors.PyMongoError),
+                pymongo.timeout(seconds),
+            ):
+                return dict(client.admin.command(command))
             return {}
 
         return await self.on_mongodb(ask)
-
-    def find(self, ids: list[str], limit: int) -> bytes:
-        """Returns the newest documents, or those with the ids, as relaxed Extended JSON.
-
-        They are read as raw BSON: else ``{"$ref": ...}`` would become something else.
-        Blocks; raises Refused (503).
-        """
-        wanted: list[Any] = []
-        for name in ids:
-            wanted.append(name)
-            if ObjectId.is_valid(name):
-                wanted.append(ObjectId(name))
-            with contextlib.suppress(ValueError, RecursionError):
-                wanted.append(json.loads(name))
-        raw = self.collection.with_options(CodecOptions(document_class=RawBSONDocument))
-        query = {"_id": {"$in": wanted}} if ids else {}
-        relaxed = bson.json_util.RELAXED_JSON_OPTIONS
-        try:
-            with pymongo.timeout(INSERT_SECONDS):
-                found = raw.find(query).sort("$natural", -1).limit(1 if ids else limit)
-                return bson.json_util.dumps(found, json_options=relaxed).encode()
-        except PyMongoError as error:
-            log.warning("the demo cannot read MongoDB: %s", describe(error))
-            raise unavailable("MongoDB cannot be read now") from None
-
-    def feed_watchdog(self) -> None:
-        """Tells systemd that all is well, unless a batch has been in flight for long."""
-        oldest = min(self._in_flight.values(), default=self._loop.time())
-        if self._loop.time() - oldest < WEDGED_SECONDS:
-            counts = self.counters
-            status = f"{counts['stored']} stored, {counts['spooled']} spooled"
-            up = "up" if self.up else "down"
-            notify(f"WATCHDOG=1\nSTATUS={status}, MongoDB {up}")
 
     @property
     def reachable(self) -> bool:
@@ -1008,10 +902,13 @@ class Storage:
         topology = self.collection.database.client.topology_description
         return self.up and topology.has_writable_server()
 
-    @property
-    def failing(self) -> bool:
-        """Whether an event lately could not be kept."""
-        return self._unkept > 0
+    def feed_watchdog(self) -> None:
+        """Tells systemd that all is well, unless a batch has been in flight for long."""
+        now = self._loop.time()
+        if now - min(self._in_flight.values(), default=now) < WEDGED_SECONDS:
+            counts, up = self.counters, "up" if self.up else "down"
+            status = f"{counts['stored']} stored, {counts['spooled']} spooled"
+            notify(f"WATCHDOG=1\nSTATUS={status}, MongoDB {up}")
 
     # Group commit
 
@@ -1024,107 +921,95 @@ class Storage:
                 self._sending = self._loop.call_at(self._next_batch, self._send)
                 return
             self._next_batch = now + BATCH_SECONDS
-            self._in_flight[self._loop.create_task(self._commit(self._take()))] = now
+            batch: list[Submission] = []
+            events = size = 0
+            while self._queue and events < MAX_BATCH_EVENTS and size < MAX_BATCH_BYTES:
+                batch.append(self._queue.popleft())
+                events += len(batch[-1].documents)
+                size += sum(map(len, batch[-1].documents))
+            self._in_flight[self._loop.create_task(self._commit(batch))] = now
 
-    def _take(self) -> list[tuple[list[bytes], asyncio.Future[list[str]]]]:
-        batch = []
-        events = size = 0
-        while self._queue and events < MAX_BATCH_EVENTS and size < MAX_BATCH_BYTES:
-            batch.append(self._queue.popleft())
-            events += len(batch[-1][0])
-            size += sum(map(len, batch[-1][0]))
-        return batch
-
-    async def _commit(
-        self, batch: list[tuple[list[bytes], asyncio.Future[list[str]]]]
-    ) -> None:
+    async def _commit(self, batch: list[Submission]) -> None:
         """Stores a batch, or spools it, and gives each of its senders the results."""
-        documents = [document for submitted, _ in batch for document in submitted]
+        documents = [each for submission in batch for each in submission.documents]
         try:
-            results = await self._keep(documents)
+            results = await self._store_or_spool(documents)
         except Exception:
             log.exception("internal error")
             results = ["lost"] * len(documents)
         self._waiting -= len(documents)
-        start = 0
+        remaining = iter(results)
         for submitted, future in batch:
-            part = results[start : start + len(submitted)]
-            start += len(submitted)
+            part = [next(remaining) for _ in submitted]
             if future.done():  # its sender did not wait
                 continue
             if "lost" in part:
                 reason = "neither MongoDB nor the disk can take it"
-                future.set_exception(unavailable(reason))
+                future.set_exception(Refused(503, reason))
             else:
                 future.set_result(part)
-        task = asyncio.current_task()
-        assert task
-        del self._in_flight[task]
+        self._in_flight.pop(asyncio.current_task())  # type: ignore[arg-type]
         if self._sending:
             self._sending.cancel()
         self._send()
 
-    async def _keep(self, documents: list[bytes]) -> list[str]:
+    async def _store_or_spool(self, documents: list[bytes]) -> list[str]:
         """Returns "stored", "duplicate", "spooled" or "lost" for each."""
-        results = ["spooled"] * len(documents)
-        suffix = ".bson"
+        results, suffix = ["refused"] * len(documents), ".bson"
         if self.up:
             try:
                 results = await self._insert(documents, INSERT_SECONDS)
                 suffix = REFUSED
-            except Exception as error:  # noqa: BLE001, any: the event waits
+                self._came_up()
+            except Exception as error:  # noqa: BLE001, whatever it is, the events wait
                 self._went_down(error)
-        left = [d for d, result in zip(documents, results) if result in WAITING]
-        if not left:
-            self._unkept = 0
-            return results
-        size = sum(map(len, left))
-        result = "spooled"
-        try:
-            await self.on_disk(self.disk.put, left, suffix, True)
-            self._unkept = 0
-            self.counters["spooled"] += len(left)
-            self.counters["refused"] += len(left) if suffix == REFUSED else 0
-        except OSError as error:
-            if not self._unkept:
-                log.error(
-                    "events are answered 503: %s: %s", self.disk.spool, error.strerror
-                )
-            self._unkept = size
-            result = "lost"
-        return [result if each in WAITING else each for each in results]
+        left = [each for each, result in zip(documents, results) if result == "refused"]
+        became = "spooled"
+        if left:
+            try:
+                await self.on_disk(self.disk.put, left, suffix, True)
+                self.counters["spooled"] += len(left)
+                self.counters["refused"] += len(left) if suffix == REFUSED else 0
+            except OSError as error:
+                if not self.failing:
+                    message = "events are answered 503: %s: %s"
+                    log.error(message, self.disk.spool, error.strerror)
+                became = "lost"
+        self.failing = sum(map(len, left)) if became == "lost" else 0
+        return [became if result == "refused" else result for result in results]
 
     async def _insert(self, documents: Sequence[bytes], seconds: float) -> list[str]:
-        """Calls ``insert``, counts, and logs the first refusal for each reason."""
+        """Calls ``insert``, counts, and logs the first refusal with each code."""
         work = (insert, self.collection, documents, seconds)
         results, complaints = await self.on_mongodb(*work)
         self.counters["stored"] += results.count("stored")
         self.counters["duplicates"] += results.count("duplicate")
         for code, said in complaints.items():
             message = "MongoDB refuses events, they wait in %s: code %d, %s"
-            self._say(f"refused {code}", message, self.disk.spool, code, said)
+            self._say(message, self.disk.spool, code, said)
         return results
 
     # Outages
 
-    def _say(self, kind: str, message: str, *values: Any) -> None:
-        """Logs the first warning of a kind until the spool was empty."""
-        if kind not in self._said:
-            self._said.add(kind)
-            log.warning(message, *values)
+    def _say(self, message: str, *values: Any) -> None:
+        """Logs a warning, the same only once until the spool was empty."""
+        text = message % values
+        if text not in self._said:
+            self._said.add(text)
+            log.warning("%s", text)
 
     def _went_down(self, error: Exception) -> None:
-        was_up, self.up = self.up, False
-        if was_up and self._loop.time() > self._quiet_until:
+        self.up = False
+        if not self._outage_said:
             self._outage_said = True
             message = "MongoDB cannot take events, they go to %s until it can: %s"
             log.warning(message, self.disk.spool, describe(error))
 
     def _came_up(self) -> None:
+        """An insert was answered as fast as a fresh event needs it."""
         self.up = True
         if self._outage_said:
             self._outage_said = False
-            self._quiet_until = self._loop.time() + QUIET_SECONDS
             log.info("MongoDB takes events again")
 
     # The spool
@@ -1141,33 +1026,32 @@ class Storage:
     async def _round(self) -> None:
         """Tries every file that is due, until an insert fails as a whole.
 
-        Fresh files first, then those of refused documents, each oldest first; the next
-        round begins behind the file at which this one ended, so that none holds up others.
+        Files of refused documents come last; the next round begins behind the file at
+        which this one ended, so that none holds up the others.
         """
-        try:
+        found: dict[str, float] = {}  # also where the folder cannot be read
+        with contextlib.suppress(OSError):
             found = await self.on_disk(self.disk.scan)
-            if self._unkept:
-                await self.on_disk(self.disk.probe, self._unkept)
-                self._unkept = 0
-        except OSError as error:
-            self._say("scan", "%s cannot be used: %s", self.disk.spool, error.strerror)
-            return
+            if self.failing:
+                await self.on_disk(self.disk.probe, self.failing)
+                self.failing = 0
         if not found:
             self._said.clear()
-        self._progress = {n: p for n, p in self._progress.items() if n in found}
-        now = time.time()
-        due = [
-            name
-            for name, tried in found.items()
-            if not (name.endswith(REFUSED) and 0 <= now - tried < REFUSED_SECONDS)
-        ]
-        after = self._after
-        due.sort(key=lambda name: (name.endswith(REFUSED), name <= after, name))
-        for name in due:
+        progress = self._progress.items()
+        self._progress = {name: each for name, each in progress if name in found}
+        now, after = time.time(), self._after
+
+        def is_due(name: str) -> bool:  # a time in the future counts as past
+            return not (
+                name.endswith(REFUSED) and 0 <= now - found[name] < REFUSED_SECONDS
+            )
+
+        due = filter(is_due, found)
+        for name in sorted(due, key=lambda n: (n.endswith(REFUSED), n <= after, n)):
             if not await self._deliver(name):
                 self._after = name
                 return
-        self._came_up()
+        self.up = True  # else nothing would ask again
         if self._delivered:
             log.info("spool: %d events delivered", self._delivered)
             self._delivered = 0
@@ -1184,32 +1068,29 @@ class Storage:
             while not is_last:
                 work = (self.disk.read, name, progress.offset, progress.most)
                 documents, end, is_last = await self.on_disk(*work)
-                results = await self._deliver_piece(documents, progress)
+                results = await self._try(documents, progress)
                 if results is None:
                     return False
-                refused = [d for d, r in zip(documents, results) if r == "refused"]
-                if refused and name.endswith(REFUSED):
-                    if is_last and not progress.offset and refused == documents:
-                        await self.on_disk(self.disk.touch, name)
-                        return True
-                elif refused:
-                    self.counters["refused"] += len(refused)
-                if refused:
-                    await self.on_disk(self.disk.put, refused, REFUSED)
+                left = [each for each, r in zip(documents, results) if r == "refused"]
+                again = name.endswith(REFUSED)
+                if again and left == documents and is_last and not progress.offset:
+                    await self.on_disk(self.disk.touch, name)
+                    return True
+                if left:
+                    await self.on_disk(self.disk.put, left, REFUSED, False)
+                    self.counters["refused"] += 0 if again else len(left)
                 progress.offset = end
             await self.on_disk(self.disk.remove, name)
         except FileNotFoundError:
-            pass  # somebody took it away
-        except ValueError as error:
-            await self._set_aside(name, str(error))
+            pass  # it was set aside, or somebody took it away
         except OSError as error:
-            self._say(name, "spool/%s waits: %s", name, error.strerror)
+            self._say("spool/%s waits: %s", name, error.strerror)
         return True
 
-    async def _deliver_piece(
+    async def _try(
         self, documents: list[bytes], progress: Progress
     ) -> list[str] | None:
-        """Returns what became of a piece's documents; None if that is not known.
+        """Returns what became of a piece's documents; None if its insert failed.
 
         After each failure, but one to reach a server, the next piece is half as large and
         has twice the time: so a slow link, a slow cluster and a document for whose sake
@@ -1218,26 +1099,21 @@ class Storage:
         """
         if not documents:
             return []
-        size = sum(map(len, documents))
+        size, began = sum(map(len, documents)), self._loop.time()
         seconds = PIECE_SECONDS + size / PIECE_BYTES_PER_SECOND
-        began = self._loop.time()
         try:
             results = await self._insert(
                 documents, seconds * 2 ** min(progress.failures, 6)
             )
-        except Exception as error:  # noqa: BLE001, any: the event waits
-            message = "the spool waits for MongoDB: %s"
-            self._say(f"failed {describe(error)}", message, describe(error))
-            if isinstance(error, ConnectionFailure) and not isinstance(
-                error, NetworkTimeout
-            ):
+        except Exception as error:  # noqa: BLE001, whatever it is, they are tried again
+            self._say("%s waits for MongoDB: %s", self.disk.spool, describe(error))
+            no_server = isinstance(error, pymongo.errors.ConnectionFailure)
+            if no_server and not isinstance(error, pymongo.errors.NetworkTimeout):
                 return None
             progress.failures += 1
             progress.most = max(size // 2, 1)
-            if getattr(error, "timeout", False) or len(documents) > 1:
-                return None
-            progress.refusals += 1
-            if progress.refusals < 2:
+            is_late = getattr(error, "timeout", False)
+            if len(documents) > 1 or is_late or progress.failures < 2:
                 return None
             results = ["refused"]
         else:
@@ -1248,14 +1124,8 @@ class Storage:
             progress.most = min(progress.most * 2, PIECE_BYTES)
             if self._in_flight or self._queue:
                 await asyncio.sleep(took)  # fresh events go first
-        progress.failures = progress.refusals = 0
+        progress.failures = 0
         return results
-
-    async def _set_aside(self, name: str, reason: str) -> None:
-        try:
-            await self.on_disk(self.disk.set_aside, name, reason)
-        except OSError as error:
-            self._say(name, "spool/%s waits: %s", name, error.strerror)
 
 
 # --- 5. HTTP --------------------------------------------------------------------------
@@ -1265,7 +1135,7 @@ class Storage:
 TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 AUTHORITY = r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*"
 REQUEST_LINE = re.compile(
-    rf"({TOKEN}) ((?:https?://({AUTHORITY}))?(/[\x21-\x7e]*)) HTTP/1\.([01])"
+    rf"({TOKEN}) ((?:https?://(?=[^/])({AUTHORITY}))?(/[\x21-\x7e]*)) HTTP/1\.([01])"
 )
 FIELD_LINES = re.compile(rf"(?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*(?:\r\n|\Z))*")
 FIELD = re.compile(r"([^:\r]+):([^\r]*)(?:\r\n|\Z)")
@@ -1278,11 +1148,9 @@ SIGNATURE = re.compile("[0-9a-f]{40}")
 MAX_TARGET_BYTES = 8 * KIB
 MAX_HEAD_BYTES = 32 * KIB
 MAX_FIELDS = 100
-MAX_ANSWER_ID_BYTES = KIB  # Segment's client hangs on answers of more than some 16 KB
+MAX_ID_BYTES = KIB  # in an answer: Segment's client hangs on one of more than 16 KB
 
-IDLE_SECONDS = (
-    180.0  # longer than the proxies in front: who closes first loses a request
-)
+IDLE_SECONDS = 180.0  # longer than proxies: who closes first loses a request on its way
 HEAD_SECONDS = 10.0
 BODY_SECONDS = 10.0
 BODY_BYTES_PER_SECOND = 100_000
@@ -1291,19 +1159,19 @@ SEND_SECONDS = 10.0
 LINGER_SECONDS = 10.0
 LOOK_SECONDS = 0.25
 GRACE_SECONDS = 1.0  # so long after it came or was answered a connection makes no room
-READ_BYTES = 256 * KIB
+READ_BYTES = 64 * KIB
 SMALL_BODY_BYTES = 64 * KIB  # a larger one is worked on in a thread
 MAX_BODIES_BYTES = 64 * MIB  # of all bodies that have come in part
 SPARE_FILES = 30  # descriptors for MongoDB, the disk, the log
 
 INCOMPLETE = Refused(408, "the request was not complete in time")
-LATE = unavailable("not stored in time")
-NO_ROOM = unavailable("too many connections")
-NO_MEMORY = unavailable("too many large bodies in flight")
+LATE = Refused(503, "not stored in time")
+NO_ROOM = Refused(503, "too many connections")
+NO_MEMORY = Refused(503, "too many large bodies in flight")
 
 
 def parse_request_line(line: str) -> tuple[str, str | None, str, str]:
-    """Returns method, host if it names one, path with query, and minor version.
+    """Returns method, host if it names one, target, minor version.
 
     Raises Refused: 400 or 414.
     """
@@ -1337,12 +1205,7 @@ def check_incomplete_head(data: bytes, checked: int) -> None:
 
 
 def parse_fields(lines: str) -> dict[str, str]:
-    """Returns the header's fields, names in lower case, repeated ones joined by ", ".
-
-    Raises Refused: 400 or 431.
-    """
-    if lines.count("\r\n") >= MAX_FIELDS:
-        raise Refused(431, "request head too large")
+    """Returns fields, names in lower case, repeated ones joined. Raises Refused (400)."""
     if not FIELD_LINES.fullmatch(lines):
         raise Refused(400, "malformed HTTP: header field")
     fields: dict[str, str] = {}
@@ -1377,6 +1240,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server  # type: ignore[assignment]
     headers: dict[str, str]  # type: ignore[assignment]
     wfile: BytesIO
+    task: asyncio.Task[None]
     methods: ClassVar = {
         "/webhook": "PATCH, POST, PUT",
         "/webhook/": "PATCH, POST, PUT",
@@ -1384,25 +1248,24 @@ class Handler(BaseHTTPRequestHandler):
     }
 
     def __init__(
-        self,
-        server: Server,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
+        self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         # Not http.server's __init__, which would handle the connection at once.
-        self.server = server
-        self.settings = server.settings
-        self.storage = server.storage
-        self.reader = reader
-        self.writer = writer
-        self.wfile = BytesIO()
+        self.server, self.reader, self.writer = server, reader, writer
+        self.settings, self.storage = server.settings, server.storage
         self.buffer = b""
         self.since = time.monotonic()  # when it came or last completed a request
-        self.began = 0.0  # when its body did
         self.held = 0  # bytes of a body that has come in part
         self.evicted = False
-        self.task: asyncio.Task[None]
+        self.begin()
         self.enter(IDLE_SECONDS, None)
+
+    def begin(self) -> None:
+        """Forgets the request before."""
+        self.wfile = BytesIO()
+        self.command, self.path, self.request_version = "", "", "HTTP/1.1"
+        self.headers, self.unread = {}, 0
+        self.close_connection = True
 
     def enter(
         self, seconds: float, late: Refused | None, answering: bool = False
@@ -1418,8 +1281,11 @@ class Handler(BaseHTTPRequestHandler):
 
     async def handle(self) -> None:  # type: ignore[override]
         """Reads requests and answers them, until the connection is to be closed."""
-        self.close_connection = False
         try:
+            if self.evicted:  # before it began
+                self.refuse(NO_ROOM)
+                await self.send()
+            self.close_connection = self.evicted
             while not self.close_connection:
                 await self.handle_one_request()
                 if self.buffer:  # a pipelined request: first it is the others' turn
@@ -1427,14 +1293,15 @@ class Handler(BaseHTTPRequestHandler):
             await self.linger()
         except (OSError, asyncio.CancelledError):
             pass  # the client has gone, or has to go
+        except Exception:
+            log.exception("internal error")
         finally:
             self.server.forget(self)
             self.writer.transport.abort()
 
     async def handle_one_request(self) -> None:  # type: ignore[override]
         """Reads a request and answers it. Raises OSError when the client has gone."""
-        self.close_connection = True
-        self.command, self.request_version, self.unread = "", "HTTP/1.1", 0
+        self.begin()
         try:
             if not await self.read_head():
                 return
@@ -1442,7 +1309,7 @@ class Handler(BaseHTTPRequestHandler):
             if methods is None:
                 raise Refused(404, "not found")
             if self.command not in methods.split(", "):
-                raise Refused(405, "method not allowed", Allow=methods)
+                raise Refused(405, "method not allowed")
             await getattr(self, f"do_{self.command}")()
         except Refused as refused:
             self.refuse(refused)
@@ -1454,7 +1321,7 @@ class Handler(BaseHTTPRequestHandler):
             raise
         except Exception:
             log.exception("internal error")
-            self.refuse(unavailable("internal error"))
+            self.refuse(Refused(503, "internal error"))
         finally:
             self.server.release(self)
         await self.send()
@@ -1493,8 +1360,9 @@ class Handler(BaseHTTPRequestHandler):
         """Parses a head without its empty line. Raises Refused: 400, 414 or 431."""
         line, _, lines = head.partition("\r\n")
         self.command, host, target, minor_version = parse_request_line(line)
+        self.path, _, self.query = target.partition("?")
         self.request_version = f"HTTP/1.{minor_version}"
-        if len(head) > MAX_HEAD_BYTES:
+        if len(head) > MAX_HEAD_BYTES or lines.count("\r\n") >= MAX_FIELDS:
             raise Refused(431, "request head too large")
         self.headers = headers = parse_fields(lines)
         if "host" not in headers and minor_version == "1":
@@ -1503,7 +1371,6 @@ class Handler(BaseHTTPRequestHandler):
             headers["host"] = host
         if not HOST.fullmatch(headers.get("host", "")):
             raise Refused(400, "malformed HTTP: Host")
-        self.path, _, self.query = target.partition("?")
         self.unread = int(headers.get("content-length", "0"))
         options = members(headers.get("connection", ""))
         wanted = minor_version == "1" or "keep-alive" in options
@@ -1537,13 +1404,7 @@ class Handler(BaseHTTPRequestHandler):
 
     # Answering
 
-    def answer(
-        self,
-        status: int,
-        value: Any,
-        headers: Mapping[str, str] = {},
-        media_type: str = "application/json",
-    ) -> None:
+    def answer(self, status: int, value: Any, **headers: str) -> None:
         """Prepares an answer: bytes as they are, anything else as JSON."""
         payload = (
             value if isinstance(value, bytes) else json.dumps(value).encode() + b"\n"
@@ -1551,10 +1412,9 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection |= self.unread > 0 or self.server.stopping or self.evicted
         self.send_response_only(status)
         self.send_header("Date", self.server.date)
-        self.send_header("Content-Type", media_type)
         self.send_header("Content-Length", str(len(payload)))
-        for name, text in headers.items():
-            self.send_header(name, text)
+        for name, text in ({"Content-Type": "application/json"} | headers).items():
+            self.send_header(name.replace("_", "-"), text)
         if self.close_connection:
             self.send_header("Connection", "close")
         elif self.request_version == "HTTP/1.0":
@@ -1564,38 +1424,34 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(payload)
 
     def refuse(self, refused: Refused) -> None:
-        self.server.count_refusal(refused)
-        self.answer(refused.status, {"error": refused.reason}, refused.headers)
+        status, reason = refused.status, refused.reason
+        self.server.unauthorized += status == 401
+        kind = f"{status} {words(reason)}"
+        self.server.log_some(kind, logging.WARNING, "refused: %s", kind)
+        allow = self.methods.get(self.path, "")
+        headers = {
+            401: {"WWW-Authenticate": "Bearer"},
+            405: {"Allow": allow},
+            503: {"Retry-After": "5"},
+        }.get(status, {})
+        self.answer(status, {"error": reason[:1000]}, **headers)
 
     async def send(self) -> None:
         """Sends the answer in one write, and waits until the client has taken it."""
         self.enter(SEND_SECONDS, None, answering=not self.evicted)
         self.writer.write(self.wfile.getvalue())
-        self.wfile = BytesIO()
         await self.writer.drain()
         self.server.completed(self)
 
     async def linger(self) -> None:
         """Lets the client read the answer: unread bytes turn a close into a reset."""
         self.enter(LINGER_SECONDS, None)
-        self.buffer = b""
         self.writer.write_eof()
         if self.evicted:  # its place is another's already
             await asyncio.sleep(0.02)
-            return
-        while await self.reader.read(READ_BYTES):
-            pass
-
-    async def turn_away(self) -> None:
-        """Answers that there is no room, in place of ``handle``."""
-        self.command, self.request_version, self.unread = "", "HTTP/1.1", 0
-        self.evicted = True
-        with contextlib.suppress(OSError, asyncio.CancelledError):
-            self.refuse(NO_ROOM)
-            self.writer.write(self.wfile.getvalue())
-            await self.linger()
-        self.server.forget(self)
-        self.writer.transport.abort()
+        else:
+            while await self.reader.read(READ_BYTES):
+                pass
 
     # Routes
 
@@ -1605,7 +1461,7 @@ class Handler(BaseHTTPRequestHandler):
         self.require_length()
         signature = self.headers.get("x-signature", "").lower()
         if not SIGNATURE.fullmatch(signature):
-            raise unauthorized("X-Signature is missing or not 40 hexadecimal digits")
+            raise Refused(401, "X-Signature is missing or not 40 hexadecimal digits")
         body = await self.read_body()
         wrapped = await self.work(authenticate, body, signature, self.settings)
         try:
@@ -1623,25 +1479,22 @@ class Handler(BaseHTTPRequestHandler):
     do_PUT = do_PATCH = do_POST
 
     def answer_results(self, counts: Counter[str], events: Events) -> None:
-        """Says what became of the events."""
-        if events.is_batch:
-            value: dict[str, Any] = {
-                "inserted": counts["stored"],
-                "duplicates": counts["duplicate"],
-                "rejected": len(events.faults),
-            }
-        elif counts["spooled"]:
-            value = {}
-        else:
-            [(name, _)] = events.documents
-            name = str(name) if isinstance(name, ObjectId) else name
-            short = len(json.dumps(name)) <= MAX_ANSWER_ID_BYTES
-            value = {"insertedId": name} if short else {}
-            value |= {"duplicate": True} if counts["duplicate"] else {}
+        value: dict[str, Any] = {
+            "inserted": counts["stored"],
+            "duplicates": counts["duplicate"],
+            "rejected": len(events.faults),
+        }
         if spooled := counts["spooled"]:
-            more = {name: count for name, count in value.items() if count}
-            self.answer(202, {"spooled": spooled} | more)
+            others = {name: count for name, count in value.items() if count}
+            self.answer(202, {"spooled": spooled} | others)
+        elif events.is_batch:
+            self.answer(200, value)
         else:
+            name = events.documents[0].id
+            name = str(name) if isinstance(name, ObjectId) else name
+            fits = len(json.dumps(name)) <= MAX_ID_BYTES
+            value = {"insertedId": name} if fits else {}
+            value |= {"duplicate": True} if counts["duplicate"] else {}
             self.answer(200, value)
 
     async def do_GET(self) -> None:
@@ -1654,9 +1507,8 @@ class Handler(BaseHTTPRequestHandler):
         }
         with contextlib.suppress(Refused):
             self.require_secret(self.settings.public_secrets)
-            value |= storage.counters
-            value |= {"unauthorized": self.server.unauthorized}
-            value |= {"spool_files": storage.disk.files}
+            value |= {**storage.counters, "unauthorized": self.server.unauthorized}
+            value["spool_files"] = storage.disk.files
         self.answer(503 if storage.failing else 200, value)
 
     do_HEAD = do_GET
@@ -1674,11 +1526,9 @@ class Handler(BaseHTTPRequestHandler):
         scheme, _, token = self.headers.get("authorization", "").partition(" ")
         if not given and scheme.lower() == "bearer":
             given = [token.strip(" ").encode("latin-1")]
-        right = len(given) == 1 and [
-            hmac.compare_digest(given[0], key) for key in accepted
-        ]
-        if accepted and not (right and any(right)):
-            raise unauthorized("public secret: missing, wrong, or given twice")
+        same = [hmac.compare_digest(one, key) for one in given[:1] for key in accepted]
+        if accepted and not (len(given) == 1 and any(same)):
+            raise Refused(401, "public secret: missing, wrong, or given twice")
 
     def refuse_transfer_encoding(self) -> None:
         if "transfer-encoding" in self.headers:
@@ -1708,7 +1558,7 @@ class Handler(BaseHTTPRequestHandler):
 class DemoHandler(Handler):
     """The demo's routes, for pages of this machine and nobody else."""
 
-    methods = Handler.methods | {
+    methods: ClassVar = Handler.methods | {
         "/webhook": "OPTIONS, PATCH, POST, PUT",
         "/webhook/": "OPTIONS, PATCH, POST, PUT",
         "/": "GET, HEAD",
@@ -1722,35 +1572,53 @@ class DemoHandler(Handler):
         self.refuse_transfer_encoding()
         self.require_loopback()
         if self.path == "/events":
-            return await self.events()
+            return self.answer(200, await self.find())
         try:
             page = Path(__file__).with_name("demo.html").read_bytes()
         except OSError:
             raise Refused(404, "demo.html is not beside receiver.py") from None
-        policy = {"Content-Security-Policy": "frame-ancestors 'none'"}
-        self.answer(200, page, policy, "text/html; charset=utf-8")
+        headers = {"Content-Security-Policy": "frame-ancestors 'none'"}
+        headers["Content-Type"] = "text/html; charset=utf-8"
+        self.answer(200, page, **headers)
 
     do_HEAD = do_GET
 
-    async def events(self) -> None:
-        """Returns the newest documents, or the one with an ``_id``, as they are stored."""
+    async def find(self) -> bytes:
+        """Returns the newest documents, or those with an ``_id``, as Extended JSON.
+
+        They are read as raw BSON: else a ``{"$ref": ...}`` would become something else.
+        Raises Refused.
+        """
         self.require_secret(self.settings.events_secrets)
         limit, *_ = self.parameters("limit") or [b"20"]
         if not re.fullmatch(rb"[1-9][0-9]?|100", limit):
             raise Refused(400, "limit is a number from 1 to 100")
-        ids = [name.decode("utf-8", "replace") for name in self.parameters("id")]
-        storage = self.storage
-        self.answer(200, await storage.on_mongodb(storage.find, ids, int(limit)))
+        names = [name.decode("utf-8", "replace") for name in self.parameters("id")]
+        ids = [*names, *map(ObjectId, filter(ObjectId.is_valid, names))]
+        query = {"_id": {"$in": ids}} if ids else {}
+
+        def find() -> str:
+            with pymongo.timeout(INSERT_SECONDS):
+                events = self.storage.collection.with_options(AS_STORED)
+                found = events.find(query).sort("$natural", -1).limit(int(limit))
+                relaxed = bson.json_util.RELAXED_JSON_OPTIONS
+                return bson.json_util.dumps(found, json_options=relaxed)
+
+        try:
+            return (await self.storage.on_mongodb(find)).encode()
+        except pymongo.errors.PyMongoError as error:
+            log.warning("the demo cannot read MongoDB: %s", describe(error))
+            raise Refused(503, "MongoDB cannot be read now") from None
 
     async def do_OPTIONS(self) -> None:
         self.require_loopback()
-        allowed = {
+        headers = {
             "Access-Control-Allow-Methods": "POST, PUT, PATCH",
             "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Signature",
             "Access-Control-Max-Age": "600",
             "Access-Control-Allow-Private-Network": "true",
         }
-        self.answer(200, {}, allowed)
+        self.answer(200, {}, **headers)
 
     def end_headers(self) -> None:
         """Lets demo.html read answers, opened as a file or from another port here."""
@@ -1777,20 +1645,19 @@ class Server:
     """
 
     def __init__(self, settings: Settings, storage: Storage) -> None:
-        self.settings = settings
-        self.storage = storage
+        self.settings, self.storage = settings, storage
         self.clock = 0.0
         self.date = formatdate(usegmt=True)
         self.stopping = False
         self.unauthorized = 0
         self.worker = ThreadPoolExecutor(1)  # the interpreter has no use for a second
-        self._handlers: set[Handler] = set()  # all
+        self._handlers: set[Handler] = set()
         # Those that count, in the order in which they last completed a request.
         self._connections: OrderedDict[Handler, None] = OrderedDict()
         self._most = settings.max_connections
         self._held = 0
         self._kinds: Counter[str] = Counter()
-        self._shows_events = settings.demo or sys.stderr and sys.stderr.isatty()
+        self._shows_events = settings.demo or (sys.stderr and sys.stderr.isatty())
 
     async def start(self, listener: socket.socket) -> None:
         """Begins to accept from a bound socket."""
@@ -1814,7 +1681,7 @@ class Server:
         end = time.monotonic() + seconds
         while self._handlers and (now := time.monotonic()) < end:
             # One that is new or was answered just now may have a request on its way.
-            for handler in list(self._handlers):
+            for handler in self._handlers:
                 waits = handler.late is None and not handler.answering
                 if waits and now - handler.since > 0.5:
                     handler.end(None)
@@ -1834,10 +1701,9 @@ class Server:
         self._handlers.add(handler)
         if len(self._connections) < self._most or self._make_room():
             self._connections[handler] = None
-            work = handler.handle()
         else:
-            work = handler.turn_away()
-        handler.task = asyncio.get_running_loop().create_task(work)
+            handler.evicted = True
+        handler.task = asyncio.get_running_loop().create_task(handler.handle())
 
     def _make_room(self) -> bool:
         """Ends the connection that waits longest; returns False if none does for long."""
@@ -1863,15 +1729,17 @@ class Server:
         self._connections.pop(handler, None)
 
     def hold(self, handler: Handler, size: int) -> None:
-        """Counts what has come of a body; too much at once ends the one that began first.
+        """Counts what has come of a body; too much of all ends the one that began first.
 
         Raises Refused (503) if that is this one.
         """
         self._held += size - handler.held
         handler.held = size
         while self._held > MAX_BODIES_BYTES:
-            reading = [each for each in self._handlers if each.late is INCOMPLETE]
-            first = min(reading, key=lambda each: (not each.held, each.began))
+            reading = [
+                each for each in self._handlers if each.held and not each.answering
+            ]
+            first = min(reading, key=lambda each: each.began)
             self.release(first)
             if first is handler:
                 raise NO_MEMORY
@@ -1905,11 +1773,6 @@ class Server:
 
     # Logs
 
-    def count_refusal(self, refused: Refused) -> None:
-        self.unauthorized += refused.status == 401
-        kind = f"{refused.status} {refused.reason.partition(':')[0]}"
-        self.log_some(kind, logging.WARNING, "refused: %s", kind)
-
     def log_some(self, kind: str, level: int, message: str, *values: Any) -> None:
         """Logs the first of a kind; the others are counted, as a flood may come."""
         self._kinds[kind] += 1
@@ -1924,18 +1787,25 @@ class Server:
 
     def show(self, results: Sequence[str], documents: Sequence[Document]) -> None:
         """Lets somebody who watches a terminal see each event land."""
-        if self._shows_events:
-            for result, (name, encoded) in zip(results, documents):
-                event = RawBSONDocument(encoded)
-                said = (event.get("type"), event.get("event", event.get("name")))
-                label = " ".join(word[:100] for word in said if isinstance(word, str))
-                log.info("%s: %s %s", result, label, str(name)[:100])
+        for result, document in zip(results, documents) if self._shows_events else ():
+            event = RawBSONDocument(document.bson)
+            said = (event.get("type"), event.get("event", event.get("name")))
+            label = " ".join(word[:100] for word in said if isinstance(word, str))
+            log.info("%s: %s %s", result, label, str(document.id)[:100])
 
 
 # --- 6. Process -----------------------------------------------------------------------
 
 PRIORITIES = {logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
 MAX_LOG_RECORDS = 1000
+# A track call as Segment sends it, for --check.
+MOMENT = "2026-01-31T12:00:00.000Z"
+SAMPLE = {
+    "type": "track", "event": "Checked", "properties": {"itemName": "Roses"},
+    "userId": None, "anonymousId": "check", "integrations": {},
+    "context": {"library": {"name": "analytics.js", "version": "2.0.0"}},
+    "timestamp": MOMENT, "originalTimestamp": MOMENT, "sentAt": MOMENT, "receivedAt": MOMENT,
+}  # fmt: skip
 
 
 class LogFormatter(logging.Formatter):
@@ -1946,7 +1816,8 @@ class LogFormatter(logging.Formatter):
             char if char.isprintable() else char.encode("unicode_escape").decode()
             for char in super().format(record)
         )
-        if under_journald():
+        status = os.fstat(2)  # is it the journal? systemd.exec(5)
+        if os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}":
             return f"<{PRIORITIES.get(record.levelno, 3)}>{text}"
         return f"{time.strftime('%H:%M:%S')} {record.levelname:7} {text}"
 
@@ -1959,10 +1830,11 @@ class PatientLog(logging.handlers.QueueHandler):
 
     queue: queue.Queue[logging.LogRecord]
 
-    def __init__(self, handler: logging.Handler) -> None:
+    def __init__(self, stream: Any, formatter: logging.Formatter) -> None:
         super().__init__(queue.Queue(MAX_LOG_RECORDS))
         self.dropped = 0
-        self.target = handler
+        self.writer = logging.StreamHandler(stream) if stream else logging.NullHandler()
+        self.writer.setFormatter(formatter)
         threading.Thread(target=self._write, daemon=True).start()
 
     def enqueue(self, record: logging.LogRecord) -> None:
@@ -1973,8 +1845,7 @@ class PatientLog(logging.handlers.QueueHandler):
 
     def _write(self) -> None:
         while True:
-            record = self.queue.get()
-            self.target.handle(record)
+            self.writer.handle(self.queue.get())
             if self.dropped and self.queue.empty():
                 dropped, self.dropped = self.dropped, 0
                 log.warning("the log was not read: %d lines dropped", dropped)
@@ -1993,43 +1864,35 @@ def start_logs() -> list[PatientLog]:
     for name in ("pymongo", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     output.propagate = False
-    logs = []
+    root = logging.getLogger()
     for logger, stream, formatter in (
-        (logging.getLogger(), sys.stderr, LogFormatter()),
+        (root, sys.stderr, LogFormatter()),
         (output, sys.stdout, logging.Formatter()),
     ):
-        writer = logging.StreamHandler(stream) if stream else logging.NullHandler()
-        writer.setFormatter(formatter)
-        logs.append(PatientLog(writer))
-        logger.addHandler(logs[-1])
+        logger.addHandler(PatientLog(stream, formatter))
         logger.setLevel(logging.INFO)
-    return logs
-
-
-def under_journald() -> bool:
-    """Tells whether standard error is the journal: systemd.exec(5), $JOURNAL_STREAM."""
-    status = os.fstat(2)
-    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    return [*root.handlers, *output.handlers]  # type: ignore[list-item]
 
 
 def notify(state: str, seconds: float = 0) -> None:
     """Tells systemd, if it is there and listens in that time: sd_notify(3)."""
     address = os.environ.get("NOTIFY_SOCKET")
     if address and sys.platform != "win32":
-        address = re.sub("^@", "\0", address)  # an abstract socket
+        # No descriptor may be left, or systemd be slow.
         with (
-            contextlib.suppress(OSError),  # no descriptor is left, systemd is slow
+            contextlib.suppress(OSError),
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender,
         ):
             sender.settimeout(seconds)
-            sender.sendto(state.encode(), address)
+            sender.sendto(state.encode(), re.sub("^@", "\0", address))
 
 
-def open_listener(settings: Settings) -> socket.socket:
-    """Returns systemd's listening socket, sd_listen_fds(3), or binds one of its own.
+def open_listener(settings: Settings) -> tuple[socket.socket, str]:
+    """Returns systemd's listening socket, sd_listen_fds(3), or one it binds; and its URL.
 
     Raises SettingsError if neither can be had.
     """
+    host, port = settings.host, settings.port
     if os.environ.get("LISTEN_PID") == str(os.getpid()):
         if os.environ.get("LISTEN_FDS") != "1":
             raise SettingsError("systemd has to hand over one socket, not several")
@@ -2037,25 +1900,23 @@ def open_listener(settings: Settings) -> socket.socket:
         listener = socket.socket(fileno=3)
         if settings.demo and not is_loopback(str(listener.getsockname()[0])):
             raise SettingsError("the demo takes only a loopback socket of systemd")
-        return listener
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family)
-    try:
-        if sys.platform != "win32":
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((settings.host, settings.port))
-    except OSError as error:
-        where = f"{settings.host}:{settings.port}"
-        raise SettingsError(f"cannot listen on {where}: {error.strerror}") from None
-    return listener
-
-
-def url_of(listener: socket.socket) -> str:
+    else:
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        try:
+            if sys.platform != "win32":
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+        except OSError as error:
+            why = f"cannot listen on {host}:{port}: {error.strerror}"
+            raise SettingsError(why) from None
     address = listener.getsockname()
     if not isinstance(address, tuple):
-        return f"unix:{address}"
-    host, port = map(str, address[:2])
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return listener, f"unix:{address}"
+    host, port = address[:2]
+    return (
+        listener,
+        f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
+    )
 
 
 def find_mongod() -> str | None:
@@ -2075,22 +1936,19 @@ class EmbeddedMongoDB:
         self.storage = storage
         self.folder = folder
         self._process: subprocess.Popen[bytes] | None = None
-        self._left_behind = 0  # the process id of one that a killed receiver started
+        self._pid = 0  # of one that has to be stopped
 
     async def start(self) -> None:
         """Uses the MongoDB that answers there, else starts one; logs what it did."""
-        if version := await self.version():
+        status = await self.storage.ask("serverStatus", 0.5)
+        if status or await self.storage.ask("ping", 0.5):
             with contextlib.suppress(OSError, ValueError):
                 pid = int((self.folder / "mongod.lock").read_text())
-                status = await self.storage.ask("serverStatus", 1.0)
-                self._left_behind = pid if status.get("pid") == pid else 0
-            whose = "left behind by a receiver" if self._left_behind else "found"
-            log.info("MongoDB %s on %s, %s, is used", version, LOCAL_MONGODB, whose)
+                self._pid = pid if pid == status.get("pid") else 0
+            whose = "of a receiver that was killed" if self._pid else "which was there"
+            log.info("uses the MongoDB on %s, %s", LOCAL_MONGODB, whose)
         elif why := await self._start():
             log.warning("no MongoDB, events go to the spool: %s", why)
-
-    async def version(self) -> str:
-        return str((await self.storage.ask("buildInfo", 0.5)).get("version", ""))
 
     async def _start(self) -> str:
         """Starts it and waits for its answer; returns why it cannot be had, else ""."""
@@ -2098,108 +1956,89 @@ class EmbeddedMongoDB:
         if not binary:
             return "set MONGODB_URI, or pip install -r requirements.txt"
         host, port = LOCAL_MONGODB.split(":")
-        words = tempfile.TemporaryFile()  # noqa: SIM115, mongod keeps it open
-        arguments = [
-            *(binary, "--dbpath", str(self.folder), "--bind_ip", host, "--port", port),
-            *("--networkMessageCompressors", "disabled", "--quiet"),
-            *("--logpath", str(self.folder / "mongod.log")),
-        ]
-        if sys.platform != "win32":
-            arguments.append(
-                "--nounixsocket"
-            )  # a stranger's file in /tmp would stop it
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            socket.create_server((host, int(port))).close()  # the port is free
-            # A session of its own: Ctrl-C is the receiver's, whose last insert needs it.
-            self._process = subprocess.Popen(  # noqa: ASYNC220, it takes a moment
-                arguments,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=words,
-                start_new_session=True,
-            )
-        except OSError as error:
-            return f"cannot start {binary} on {LOCAL_MONGODB}: {error.strerror}"
-        while self._process.poll() is None:
-            if version := await self.version():
-                what = f"MongoDB {version} on {LOCAL_MONGODB}"
-                log.info("started %s, its data is in %s", what, self.folder)
-                return ""
-        status = self._process.returncode
-        self._process = None
-        words.seek(0)
-        said = words.read().decode(errors="replace").strip()[:500]
         record = self.folder / "mongod.log"
-        known = {
+        arguments = f"--bind_ip {host} --port {port} --quiet"
+        arguments += " --networkMessageCompressors disabled"
+        if sys.platform != "win32":  # where a stranger's file in /tmp would stop it
+            arguments += " --nounixsocket"
+        command = [binary, *arguments.split(), "--dbpath", str(self.folder)]
+        with tempfile.TemporaryFile() as words:
+            try:
+                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                socket.create_server((host, int(port))).close()  # the port is free
+                # A session of its own: Ctrl-C is the receiver's, whose last insert needs it.
+                self._process = subprocess.Popen(  # noqa: ASYNC220, it takes a moment
+                    [*command, "--logpath", str(record)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=words,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                return f"cannot start {binary} on {LOCAL_MONGODB}: {error.strerror}"
+            self._pid = self._process.pid
+            while self._process.poll() is None:
+                if await self.storage.ask("ping", 0.5):
+                    where = LOCAL_MONGODB, self.folder
+                    log.info("started a MongoDB on %s, its data is in %s", *where)
+                    return ""
+            words.seek(0)
+            said = words.read(500).decode(errors="replace").strip()
+        self._pid, status = 0, self._process.returncode
+        why = {
             48: f"{LOCAL_MONGODB} is taken",
             62: f"{self.folder} was written by another version of MongoDB",
             100: f"{self.folder} is in use or cannot be written",
-            -4: "illegal instruction: MongoDB 5 and newer need a processor with AVX",
-        }
-        why = known.get(status) or said or (f"see {record}" if record.exists() else "")
-        return f"{binary} ended with status {status}{why and ': ' + why}"
+            -signal.SIGILL: "MongoDB 5 and newer need a processor with AVX",
+        }.get(
+            status, said or (f"see {record}" if record.exists() else "no reason given")
+        )
+        return f"{binary} ended with status {status}: {why}"
 
     def report_end(self) -> None:
         """Logs, once, if it ended although nobody stopped it."""
-        if self._process and self._process.poll() is not None:
-            status = self._process.returncode
+        if self._pid and self._process and self._process.poll() is not None:
+            self._pid, status = 0, self._process.returncode
             log.error("mongod ended with status %d: restart the receiver", status)
-            self._process = None
 
     async def stop(self, seconds: float) -> None:
         """Stops it, or after that time kills it, which its journal makes safe."""
-        pid = self._process.pid if self._process else self._left_behind
-        tries = int(seconds / 0.05)
+        end = time.monotonic() + seconds
         with contextlib.suppress(OSError):  # it has ended
-            for attempt in range(tries if pid else 0):
-                if attempt == 0:
-                    os.kill(pid, signal.SIGTERM)
+            if self._pid:
+                os.kill(self._pid, signal.SIGTERM)
+            while self._pid:
                 await asyncio.sleep(0.05)
                 if self._process and self._process.poll() is not None:
                     return
-                os.kill(pid, 0)
-            if pid:
-                os.kill(pid, signal.SIGKILL)
+                os.kill(self._pid, 0 if time.monotonic() < end else signal.SIGKILL)
 
 
 def with_demo_secrets(settings: Settings, disk: Disk) -> Settings:
-    """Returns the settings of a demo, with secrets in the place of those not given.
+    """Returns a demo's settings, with secrets in the place of those that are not given.
 
     They are made up once and kept in the data folder, so that a restart leaves the open
     demo page and a pasted command working. Raises SettingsError.
     """
     path = disk.data / "demo-secrets"
-    names = "SEGMENT_SHARED_SECRET", "SEGMENT_PUBLIC_SECRET"
     try:
         if not path.exists():
-            lines = [f"{name}={secrets.token_urlsafe(24)}\n" for name in names]
-            disk.write(path, "".join(lines).encode())
-        pairs = (line.partition("=") for line in path.read_text().splitlines())
-        kept = {name: value for name, _, value in pairs}
-        shared, public = (kept[name].encode() for name in names)
-    except (OSError, ValueError, KeyError):
+            made_up = f"{secrets.token_urlsafe(24)} {secrets.token_urlsafe(24)}\n"
+            disk.write(path, made_up.encode())
+        shared, public = path.read_bytes().split()
+    except (OSError, ValueError):
         raise SettingsError(f"{path} cannot be read: delete it") from None
+    known = settings.public_secrets or (public,)
     if settings.shared_secrets:
-        events = settings.public_secrets or (public,)
-        return dataclasses.replace(settings, events_secrets=events)
-    accepted = settings.public_secrets or (public,)
-    return dataclasses.replace(
-        settings,
-        shared_secrets=(shared,),
-        public_secrets=accepted,
-        events_secrets=accepted,
-    )
+        return dataclasses.replace(settings, events_secrets=known)
+    settings = dataclasses.replace(settings, shared_secrets=(shared,))
+    return dataclasses.replace(settings, public_secrets=known, events_secrets=known)
 
 
-def welcome(settings: Settings, url: str, made_up: bool) -> str:
+def welcome(settings: Settings, url: str) -> str:
     """Returns what somebody who starts the receiver for the first time wants to know."""
-    public = quote(settings.events_secrets[0], safe="")
-    if not made_up:
-        # A secret of the user's own is not printed; one made up for /events has to be.
-        fragment = "" if settings.public_secrets else f"#public={public}"
-        return f"demo page: {url}/{fragment}"
     shared = settings.shared_secrets[0].decode()
+    public = quote(settings.public_secrets[0], safe="")
     return f"""
 No SEGMENT_SHARED_SECRET is set, so this is a demo with secrets that are made up.
 
@@ -2219,56 +2058,35 @@ README.md goes on from here to Segment itself. Ctrl-C stops.
 """
 
 
-# A track call as Segment sends it, for --check.
-SAMPLE = {
-    "anonymousId": "check",
-    "context": {"library": {"name": "analytics.js", "version": "2.0.0"}},
-    "event": "Checked",
-    "integrations": {},
-    "messageId": "check",
-    "originalTimestamp": "2026-01-31T12:00:00.000Z",
-    "properties": {"itemName": "Roses"},
-    "receivedAt": "2026-01-31T12:00:00.000Z",
-    "sentAt": "2026-01-31T12:00:00.000Z",
-    "timestamp": "2026-01-31T12:00:00.000Z",
-    "type": "track",
-    "userId": None,
-}
-
-
 def try_mongodb(collection: Any) -> str:
     """Tries what storing an event takes, and stores nothing; returns how much that proves.
 
-    Raises what stands in the way. An insert in a transaction that is aborted finds
-    blocked writes, a view, a validator and a missing right. A standalone MongoDB has no
-    transactions: there it is an insert that must fail for its ``_id``, which some servers
-    refuse before they look at anything else.
+    An insert in a transaction that is aborted finds blocked writes, a view, a validator,
+    a missing right; it raises what stands in the way. A standalone MongoDB, which has no
+    transactions, gets an insert that must fail, for its ``_id``.
     """
     client = collection.database.client
     with pymongo.timeout(5):
         hello = client.admin.command("hello")
         if "setName" in hello or hello.get("msg") == "isdbgrid":
-            event = SAMPLE | {"messageId": f"check-{ObjectId()}"}
-            encoded = RawBSONDocument(to_document(event).bson)
+            event = to_document(SAMPLE | {"messageId": f"check-{ObjectId()}"})
+            # The transaction has a write concern of its own.
+            inside = collection.with_options(write_concern=WriteConcern())
             with client.start_session() as session, session.start_transaction():
-                # The transaction has a write concern of its own.
-                inside = collection.with_options(write_concern=WriteConcern())
-                inside.insert_one(encoded, session=session)
+                inside.insert_one(RawBSONDocument(event.bson), session=session)
                 session.abort_transaction()
             return "MongoDB took an event in a transaction, which was aborted"
-        try:
+        with contextlib.suppress(pymongo.errors.BulkWriteError):
             collection.insert_many([RawBSONDocument(bson.encode({"_id": []}))])
-        except BulkWriteError:
-            pass
     return (
-        "MongoDB answers, and this user may insert; as it is no replica set, whether a "
-        "validator or a view stands in the way shows only the first event"
+        "MongoDB answers and lets this user insert; being no replica set it cannot show "
+        "whether a validator or a view stands in the way"
     )
 
 
 def check(settings: Settings) -> int:
     """Logs what would keep events from being stored, and what to do; 1 if anything."""
-    faults = []
+    faults, proof = [], ""
     if not settings.shared_secrets:
         faults.append("SEGMENT_SHARED_SECRET is not set: no event could be verified")
     collection = open_collection(settings)
@@ -2277,11 +2095,10 @@ def check(settings: Settings) -> int:
     try:
         disk.probe(4096)
     except OSError as error:
-        faults.append(f"{disk.spool}: {error.strerror}: no event could wait there")
-    proof = ""
+        faults.append(f"{disk.spool}: no event could wait there: {error.strerror}")
     try:
         proof = try_mongodb(collection)
-    except PyMongoError as error:
+    except pymongo.errors.PyMongoError as error:
         advice = {
             13: "grant its user a role that may insert into the collection",
             18: "correct user and password",
@@ -2301,7 +2118,7 @@ async def serve(settings: Settings) -> int:
     """Starts everything in order, waits for a signal, and stops it in reverse order."""
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(
-        lambda _, context: log.error("asyncio: %s", context["message"])
+        lambda _, what: log.error("asyncio: %s", what["message"])
     )
     stop = asyncio.Event()
     for name in ("SIGTERM", "SIGINT", "SIGHUP"):
@@ -2312,28 +2129,31 @@ async def serve(settings: Settings) -> int:
     disk = Disk(settings)
     disk.open()
     made_up = not settings.shared_secrets
-    if settings.demo:
-        settings = with_demo_secrets(settings, disk)
+    settings = with_demo_secrets(settings, disk) if settings.demo else settings
     storage = Storage(open_collection(settings), disk)
     server = Server(settings, storage)
-    listener = open_listener(settings)
+    listener, url = open_listener(settings)
     mongod = EmbeddedMongoDB(storage, disk.data / "mongodb")
-    first = mongod.start() if not settings.mongodb_uri else storage.ask("ping", 5.0)
+    # Asked early, pymongo knows MongoDB by the first event; but nobody waits long for it.
+    first = storage.ask("ping", 5.0) if settings.mongodb_uri else mongod.start()
+    starting, stopped = loop.create_task(first), loop.create_task(stop.wait())
+    some = asyncio.FIRST_COMPLETED
     try:
-        # Asked early, pymongo knows MongoDB by the first event; but nobody waits for it.
-        starting = loop.create_task(first)
-        stopped = loop.create_task(stop.wait())
-        some = asyncio.FIRST_COMPLETED
         await asyncio.wait({starting, stopped}, timeout=2.0, return_when=some)
         await server.start(listener)
         storage.start()
-        url = url_of(listener)
         where = f"{settings.database}.{settings.collection}"
         log.info("listening on %s, events go to %s", url, where)
         if settings.trust_batches:
             log.warning("batches are trusted: Segment signs only a batch's first event")
-        if settings.demo:
-            output.info("%s", welcome(settings, url, made_up))
+        if made_up:
+            output.info("%s", welcome(settings, url))
+        elif settings.demo:
+            # A secret of the user's own is not printed; one made up for /events has to be.
+            public = (
+                "" if settings.public_secrets else settings.events_secrets[0].decode()
+            )
+            output.info("demo page: %s/%s", url, public and f"#public={public}")
         notify("READY=1", 1)
         watch = loop.create_task(server.watch(mongod.report_end, storage.feed_watchdog))
         await asyncio.wait({stopped, watch}, return_when=some)
@@ -2350,7 +2170,7 @@ async def serve(settings: Settings) -> int:
 
 def main() -> NoReturn:
     """Runs the receiver until SIGTERM, SIGINT or SIGHUP, and ends the process."""
-    # A descriptor below 3 that is closed would be the next socket's or file's.
+    # One of the first three descriptors that is closed would be the next socket's.
     while os.open(os.devnull, os.O_RDWR) < 3:
         pass
     logs = start_logs()
@@ -2364,7 +2184,7 @@ def main() -> NoReturn:
         status = 2
     for each in logs:
         each.wait(1.0)
-    os._exit(status)  # waits for no thread: one of pymongo's may be long
+    os._exit(status)  # waits for no thread: one of pymongo's may take long
 
 
 if __name__ == "__main__":
