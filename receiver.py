@@ -58,55 +58,29 @@ from urllib.parse import quote, unquote_to_bytes
 
 import bson.json_util
 import pymongo
-import pymongo.errors
 from bson.codec_options import CodecOptions
 from bson.objectid import ObjectId
 from bson.raw_bson import RawBSONDocument
+from pymongo import errors
 from pymongo.write_concern import WriteConcern
 
-if sys.platform == "win32":
-    import msvcrt
-else:
+if sys.platform != "win32":
     import fcntl
     import resource
 
 log = logging.getLogger("receiver")
-output = logging.getLogger("output")  # for the user: standard output
 T = TypeVar("T")
 
 # --- 1. Settings ----------------------------------------------------------------------
 
 LOCAL_MONGODB = "127.0.0.1:27017"
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-
-
-class SettingsError(Exception):
-    """A setting that cannot be used; its text is the one line that the user sees."""
-
-
-def number(least: int, most: int) -> Callable[[str], int]:
-    """Returns a converter that raises ValueError for all but a number in that range."""
-
-    def convert(text: str) -> int:
-        if not (re.fullmatch("[0-9]{1,18}", text) and least <= int(text) <= most):
-            raise ValueError(f"{text!r} is not a whole number from {least} to {most}")
-        return int(text)
-
-    return convert
-
-
-def yes_or_no(text: str) -> bool:
-    if text.lower() not in {"1", "true", "yes", "on", "0", "false", "no", "off"}:
-        raise ValueError(f"{text!r} is neither yes nor no")
-    return text.lower() in {"1", "true", "yes", "on"}
-
-
-def setting(default: Any, environment: str, help: str, convert: Any = str) -> Any:
-    """Declares a field that a flag of the same name or the environment sets."""
-    metadata = {"names": environment.split(), "help": help, "convert": convert}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
+RANGES = {
+    "port": (0, 65535),
+    "max_body_bytes": (1, GIB),
+    "max_connections": (1, 100_000),
+    "max_spool_bytes": (0, GIB**2),
+}
 SECRETS_HELP = """\
 Secrets come from the environment, or from a file in $CREDENTIALS_DIRECTORY (systemd),
 never from the command line, which every user of the machine can read:
@@ -120,9 +94,14 @@ Several Segment secrets, separated by white space, are all accepted, for rotatio
 MONGOD names the mongod to start; else PATH and requirements.txt's packages have one."""
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(message)
+class SettingsError(Exception):
+    """A setting that cannot be used; its text is the one line that the user sees."""
+
+
+def setting(environment: str, default: Any, help: str) -> Any:
+    """Declares a field that a flag of the same name or the environment sets."""
+    metadata = {"names": environment.split(), "help": help}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)  # it holds secrets
@@ -135,32 +114,21 @@ class Settings:
     demo: bool = False
     check: bool = False
     trust_batches: bool = setting(
-        False,
         "SEGMENT_TRUST_BATCHES",
-        "take batches signed by their first event",
-        yes_or_no,
+        False,
+        "take batches of which the first event is signed",
     )
     mongodb_uri: str = setting(
-        "", "MONGODB_URI", f"default: {LOCAL_MONGODB}, where one is started if need be"
+        "MONGODB_URI", "", f"default: {LOCAL_MONGODB}, where one is started if need be"
     )
-    database: str = setting("segment", "MONGODB_DATABASE", "MongoDB's database")
-    collection: str = setting("events", "MONGODB_COLLECTION", "MongoDB's collection")
-    host: str = setting("127.0.0.1", "RECEIVER_HOST", "address to listen on")
-    port: int = setting(
-        8080, "RECEIVER_PORT PORT", "port to listen on", number(0, 65535)
-    )
-    data_dir: str = setting(
-        "data", "RECEIVER_DATA_DIR", "holds spool/, rejected/, mongodb/"
-    )
-    max_body_bytes: int = setting(
-        16 * MIB, "RECEIVER_MAX_BODY_BYTES", "largest body", number(1, GIB)
-    )
-    max_connections: int = setting(
-        512, "RECEIVER_MAX_CONNECTIONS", "most at once", number(1, 100_000)
-    )
-    max_spool_bytes: int = setting(
-        GIB, "RECEIVER_MAX_SPOOL_BYTES", "largest spool/", number(0, GIB**2)
-    )
+    database: str = setting("MONGODB_DATABASE", "segment", "MongoDB's database")
+    collection: str = setting("MONGODB_COLLECTION", "events", "MongoDB's collection")
+    host: str = setting("RECEIVER_HOST", "127.0.0.1", "address to listen on")
+    port: int = setting("RECEIVER_PORT PORT", 8080, "port to listen on")
+    data_dir: str = setting("RECEIVER_DATA_DIR", "data", "for spool/ and the like")
+    max_body_bytes: int = setting("RECEIVER_MAX_BODY_BYTES", 16 * MIB, "largest body")
+    max_connections: int = setting("RECEIVER_MAX_CONNECTIONS", 512, "most at once")
+    max_spool_bytes: int = setting("RECEIVER_MAX_SPOOL_BYTES", GIB, "largest spool/")
 
     @classmethod
     def load(cls, arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
@@ -180,26 +148,31 @@ class Settings:
                     source, values[option.name] = name, environment[name]
             if option.name in values:
                 text = usable(source, values[option.name])
-                try:
-                    values[option.name] = option.metadata["convert"](text)
-                except ValueError as error:
-                    raise SettingsError(f"{source}: {error}") from None
+                values[option.name] = convert(option, source, text)
         if folders := environment.get("STATE_DIRECTORY"):  # of systemd
             values.setdefault("data_dir", folders.split(":")[0])
         values.setdefault("mongodb_uri", secret("MONGODB_URI", environment))
-        shared = secret("SEGMENT_SHARED_SECRET", environment)
-        values["shared_secrets"] = tuple(shared.encode().split())
-        public = secret("SEGMENT_PUBLIC_SECRET", environment)
-        values["public_secrets"] = tuple(public.encode().split())
+        for name in ("shared_secrets", "public_secrets"):
+            text = secret(f"SEGMENT_{name[:-1].upper()}", environment)
+            values[name] = tuple(text.encode().split())
         values["events_secrets"] = values["public_secrets"]
-        values["demo"] |= not (shared or values["check"])
+        values["demo"] |= not (values["shared_secrets"] or values["check"])
         settings = cls(**values)
         if settings.demo and not is_loopback(settings.host):
-            why = "--demo" if shared else "no SEGMENT_SHARED_SECRET is set"
+            why = (
+                "--demo"
+                if settings.shared_secrets
+                else "no SEGMENT_SHARED_SECRET is set"
+            )
             raise SettingsError(
                 f"{why}: --host must be loopback, not {settings.host!r}"
             )
         return settings
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(message)
 
 
 def parse_flags(options: Iterable[Any], arguments: Sequence[str]) -> dict[str, Any]:
@@ -226,6 +199,21 @@ def parse_flags(options: Iterable[Any], arguments: Sequence[str]) -> dict[str, A
         else:
             parser.add_argument(flag, help=about)
     return vars(parser.parse_args(arguments))
+
+
+def convert(option: Any, source: str, text: str) -> Any:
+    """Returns the value that a field of that type takes. Raises SettingsError."""
+    if option.type == "bool":
+        if text.lower() not in {"1", "true", "yes", "on", "0", "false", "no", "off"}:
+            raise SettingsError(f"{source}: {text!r} is neither yes nor no")
+        return text.lower() in {"1", "true", "yes", "on"}
+    if option.type == "int":
+        least, most = RANGES[option.name]
+        if not (re.fullmatch("[0-9]{1,18}", text) and least <= int(text) <= most):
+            why = f"is not a whole number from {least} to {most}"
+            raise SettingsError(f"{source}: {text!r} {why}")
+        return int(text)
+    return text
 
 
 def usable(source: str, text: str) -> str:
@@ -332,10 +320,10 @@ def authenticate(body: bytes, signature: str, settings: Settings) -> bool:
             first = first_event(body, start) if settings.trust_batches else b""
             if any(event and verify(event, signature, keys) for event in (only, first)):
                 return start > 1
-    if settings.trust_batches:
-        raise Refused(401, "X-Signature matches neither the body nor its first event")
-    reason = "X-Signature does not match the body: of a batch Segment signs the first "
-    reason += "event only: turn batching off, or set SEGMENT_TRUST_BATCHES=1"
+    reason = "X-Signature does not match the body"
+    if not settings.trust_batches:
+        reason += ": of a batch Segment signs the first event only: turn batching off, "
+        reason += "or set SEGMENT_TRUST_BATCHES=1"
     raise Refused(401, reason)
 
 
@@ -466,7 +454,7 @@ def to_document(event: dict[str, Any]) -> Document:
 
 
 def without_lone_surrogates(value: Any) -> Any:
-    """Returns a copy with U+FFFD for each. Raises Refused if two keys become one by it."""
+    """Returns a copy with U+FFFD for each. Raises Refused if two keys become one."""
     clean = without_lone_surrogates
     if isinstance(value, str):
         return LONE_SURROGATE.sub("\ufffd", value)
@@ -498,8 +486,7 @@ MAX_IN_FLIGHT = 4
 MAX_BATCH_EVENTS = 1000
 MAX_BATCH_BYTES = 16 * MIB
 MAX_WAITING_EVENTS = 20_000
-# https://github.com/mongodb/mongo/blob/master/src/mongo/base/error_codes.yml
-DUPLICATE_KEY = 11000
+DUPLICATE_KEY = 11000  # MongoDB's error code
 REFUSED = ".refused.bson"  # how the names of files end that rest
 AS_STORED = CodecOptions(document_class=RawBSONDocument)  # nothing is converted
 
@@ -525,19 +512,17 @@ def open_collection(settings: Settings) -> Any:
         if given.get("w") == 0:
             raise ValueError("with w=0 MongoDB never says that it stored an event")
         concern = WriteConcern(**{"w": "majority", "j": True, **given})
-    except (pymongo.errors.PyMongoError, ValueError, OSError, UserWarning) as error:
-        reason = re.sub(r"^\[Errno \d+\] ", "", str(error))
-        known = re.findall("[?&]([^=]*)=", uri)
-        for piece in re.split("[/:@?&=,]+", uri.partition("://")[2]):
-            if len(piece) > 2 and piece not in known:
-                reason = reason.replace(piece, "...")
-        raise SettingsError(f"MONGODB_URI: {reason[:300]}") from None
-    try:
         database = client[settings.database]
         return database.get_collection(settings.collection, write_concern=concern)
-    except pymongo.errors.InvalidName as error:
-        names = "MONGODB_DATABASE or MONGODB_COLLECTION"
-        raise SettingsError(f"{names}: {error}") from None
+    except errors.InvalidName as error:
+        raise SettingsError(f"MONGODB_DATABASE, MONGODB_COLLECTION: {error}") from None
+    except (errors.PyMongoError, ValueError, OSError, UserWarning) as error:
+        reason = re.sub(r"^\[Errno \d+\] ", "", str(error))
+        names = re.findall("[?&]([^=]*)=", uri)
+        for piece in re.split("[/:@?&=,]+", uri.partition("://")[2]):
+            if len(piece) > 2 and piece not in names:
+                reason = reason.replace(piece, "...")
+        raise SettingsError(f"MONGODB_URI: {reason[:300]}") from None
 
 
 def words(text: str) -> str:
@@ -548,7 +533,7 @@ def words(text: str) -> str:
 def describe(error: BaseException) -> str:
     """Returns what an error of pymongo's may say in the log, and no more."""
     name = type(error).__name__
-    if isinstance(error, pymongo.errors.OperationFailure):
+    if isinstance(error, errors.OperationFailure):
         return f"{name}, code {error.code}, {words(str(error))}"
     return name
 
@@ -571,36 +556,36 @@ def is_repeat(collection: Any, data: bytes, fault: Mapping[str, Any]) -> bool:
     primary = collection.with_options(AS_STORED, pymongo.ReadPreference.PRIMARY)
     try:
         found = primary.find_one({"_id": {"$eq": event["_id"]}})
-    except pymongo.errors.OperationFailure as error:
+    except errors.OperationFailure as error:
         if error.timeout:
             raise
         return False  # its user may not look
     # Compared as BSON, since to Python 1, 1.0 and True are one; MongoDB puts _id first.
-    ids = [bson.encode({"_id": each and each["_id"]}) for each in (found, event)]
-    if found is None or ids[0] != ids[1]:
+    if found is None or bson.encode({"": found["_id"]}) != bson.encode(
+        {"": event["_id"]}
+    ):
         return False
-    return by_message_id or (
-        bson.encode({"_id": 0, **found}) == bson.encode({"_id": 0, **event})
-    )
+    same = bson.encode({"_id": 0, **found}) == bson.encode({"_id": 0, **event})
+    return by_message_id or same
 
 
 def insert(
     collection: Any, documents: Sequence[bytes], seconds: float
 ) -> tuple[list[str], dict[int, str]]:
-    """Inserts documents; returns what became of each, and what MongoDB said to refusals.
+    """Inserts documents; returns what became of each, and MongoDB's words by their code.
 
-    A result is "stored", "duplicate" or "refused"; the words stand under their code.
-    Raises what pymongo raises where nothing is known of any of them.
+    A result is "stored", "duplicate" or "refused". Raises what pymongo raises where
+    nothing is known of any of them.
     """
     results = ["stored"] * len(documents)
     complaints: dict[int, str] = {}
     with pymongo.timeout(seconds):
         try:
             collection.insert_many(map(RawBSONDocument, documents), ordered=False)
-        except pymongo.errors.BulkWriteError as error:
+        except errors.BulkWriteError as error:
             for fault in error.details["writeConcernErrors"]:
                 why = fault["errmsg"], fault["code"]
-                raise pymongo.errors.WriteConcernError(*why) from None
+                raise errors.WriteConcernError(*why) from None
             for fault in error.details["writeErrors"]:
                 index, code = fault["index"], fault["code"]
                 data = documents[index]
@@ -633,8 +618,10 @@ class Disk:
         for folder in (self.data, self.spool, self.rejected):
             try:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                if folder == self.data:
-                    lock_folder(folder)
+                if folder == self.data and sys.platform != "win32":
+                    # Until the process ends, however it ends.
+                    descriptor = os.open(folder, os.O_RDONLY)
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self.write(folder / ".tmp-probe", b"")
                 # With what was cut off as it was written, so never promised.
                 for unfinished in folder.glob(".tmp-*"):
@@ -689,14 +676,15 @@ class Disk:
     def scan(self) -> dict[str, float]:
         """Returns the spool's files with the time of their last change, oldest first."""
         self.spool.mkdir(mode=0o700, exist_ok=True)
-        found, size = {}, 0
         with os.scandir(self.spool) as entries:
-            for entry in entries:
-                if entry.name[0] != "." and entry.is_file(follow_symlinks=False):
-                    found[entry.name] = entry.stat().st_mtime
-                    size += entry.stat().st_size
-        self.files, self.bytes = len(found), size
-        return dict(sorted(found.items()))
+            found = {
+                entry.name: entry.stat()
+                for entry in entries
+                if entry.name[0] != "." and entry.is_file(follow_symlinks=False)
+            }
+        self.files = len(found)
+        self.bytes = sum(status.st_size for status in found.values())
+        return {name: found[name].st_mtime for name in sorted(found)}
 
     def read(self, name: str, offset: int, most: int) -> tuple[list[bytes], int, bool]:
         """Returns documents from there on, where they end, and whether it is the file's.
@@ -733,13 +721,9 @@ class Disk:
                 end += size
         return documents, end, end == length
 
-    def touch(self, name: str) -> None:
-        os.utime(self.spool / name)
-
     def remove(self, name: str) -> None:
-        path = self.spool / name
-        size = path.stat().st_size
-        os.unlink(path)
+        size = (self.spool / name).stat().st_size
+        os.unlink(self.spool / name)
         self.files -= 1
         self.bytes -= size
 
@@ -748,15 +732,15 @@ class Disk:
         name = hashlib.sha256(data).hexdigest()[:32]  # again the same, the same file
         self.write(self.rejected / f"{name}.reason.txt", f"{reason}\n".encode())
         self.write(self.rejected / f"{name}{suffix}", data)
-        log.warning("kept as rejected/%s%s: %s", name, suffix, words(reason))
+        log.warning("kept in %s: %s", self.rejected, words(reason))
 
     def set_aside(self, name: str, reason: str) -> None:
-        """Moves a file to ``rejected/``."""
+        """Moves a file from the spool to ``rejected/``."""
         kept = self.rejected / f"{secrets.token_hex(4)}-{name}"
         self.write(kept.with_name(f"{kept.name}.reason.txt"), f"{reason}\n".encode())
         os.replace(self.spool / name, kept)
         sync_folder(self.rejected)
-        log.error("kept as rejected/%s: %s", kept.name, reason)
+        log.warning("kept as rejected/%s: %s", kept.name, reason)
 
 
 def sync_folder(path: Path) -> None:
@@ -768,28 +752,9 @@ def sync_folder(path: Path) -> None:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            warn_of_renames(path)
+            log.warning("%s cannot be synced: a power cut may undo a rename", path)
         finally:
             os.close(descriptor)
-
-
-@functools.cache  # once is enough
-def warn_of_renames(path: Path) -> None:
-    message = "%s: its file system cannot sync a folder: a power cut may undo a rename"
-    log.warning(message, path)
-
-
-def lock_folder(path: Path) -> None:
-    """Locks a folder until the process ends, however it ends. Raises BlockingIOError."""
-    if sys.platform == "win32":
-        descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT)
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            raise BlockingIOError from None
-    else:
-        descriptor = os.open(path, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class Submission(NamedTuple):
@@ -838,7 +803,6 @@ class Storage:
         self._progress: dict[str, Progress] = {}
         self._after = ""  # the file at which the last round ended
         self._delivered = 0  # events since the spool last had nothing to send
-        self._said: set[str] = set()
         self._outage_said = False
 
     def start(self) -> None:
@@ -872,8 +836,8 @@ class Storage:
         try:
             await self.on_disk(self.disk.keep, body, reason, ".json")
         except OSError as error:
-            self._say("cannot write to %s: %s", self.disk.rejected, error.strerror)
-            raise Refused(503, "it cannot be stored, nor kept on disk") from None
+            log.warning("cannot write to %s: %s", self.disk.rejected, error.strerror)
+            raise Refused(503, "it can neither be stored nor kept on disk") from None
         self.counters["rejected"] += events
 
     async def on_disk(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -882,33 +846,17 @@ class Storage:
     async def on_mongodb(self, work: Callable[..., T], *arguments: Any) -> T:
         return await self._loop.run_in_executor(self._mongodb, work, *arguments)
 
-    async def ask(self, command: str, seconds: float) -> dict[str, Any]:
-        """Returns MongoDB's answer to a command, nothing if none comes in that time."""
-
-        def ask() -> dict[str, Any]:
-            client = self.collection.database.client
-            with (
-                contextlib.suppress(pymongo.errors.PyMongoError),
-                pymongo.timeout(seconds),
-            ):
-                return dict(client.admin.command(command))
-            return {}
-
-        return await self.on_mongodb(ask)
-
     @property
     def reachable(self) -> bool:
         """Whether MongoDB takes events, as far as is known without asking."""
         topology = self.collection.database.client.topology_description
         return self.up and topology.has_writable_server()
 
-    def feed_watchdog(self) -> None:
-        """Tells systemd that all is well, unless a batch has been in flight for long."""
+    @property
+    def wedged(self) -> bool:
+        """Whether a batch has been in flight for too long."""
         now = self._loop.time()
-        if now - min(self._in_flight.values(), default=now) < WEDGED_SECONDS:
-            counts, up = self.counters, "up" if self.up else "down"
-            status = f"{counts['stored']} stored, {counts['spooled']} spooled"
-            notify(f"WATCHDOG=1\nSTATUS={status}, MongoDB {up}")
+        return now - min(self._in_flight.values(), default=now) > WEDGED_SECONDS
 
     # Group commit
 
@@ -932,11 +880,11 @@ class Storage:
     async def _commit(self, batch: list[Submission]) -> None:
         """Stores a batch, or spools it, and gives each of its senders the results."""
         documents = [each for submission in batch for each in submission.documents]
+        results = ["lost"] * len(documents)
         try:
             results = await self._store_or_spool(documents)
         except Exception:
             log.exception("internal error")
-            results = ["lost"] * len(documents)
         self._waiting -= len(documents)
         remaining = iter(results)
         for submitted, future in batch:
@@ -964,46 +912,36 @@ class Storage:
             except Exception as error:  # noqa: BLE001, whatever it is, the events wait
                 self._went_down(error)
         left = [each for each, result in zip(documents, results) if result == "refused"]
-        became = "spooled"
+        became, size = "spooled", 0
         if left:
             try:
                 await self.on_disk(self.disk.put, left, suffix, True)
                 self.counters["spooled"] += len(left)
                 self.counters["refused"] += len(left) if suffix == REFUSED else 0
             except OSError as error:
-                if not self.failing:
-                    message = "events are answered 503: %s: %s"
-                    log.error(message, self.disk.spool, error.strerror)
-                became = "lost"
-        self.failing = sum(map(len, left)) if became == "lost" else 0
+                message = "events are answered 503: %s: %s"
+                log.warning(message, self.disk.spool, error.strerror)
+                became, size = "lost", sum(map(len, left))
+        self.failing = size
         return [became if result == "refused" else result for result in results]
 
     async def _insert(self, documents: Sequence[bytes], seconds: float) -> list[str]:
-        """Calls ``insert``, counts, and logs the first refusal with each code."""
+        """Calls ``insert``, counts the results and logs the complaints."""
         work = (insert, self.collection, documents, seconds)
         results, complaints = await self.on_mongodb(*work)
         self.counters["stored"] += results.count("stored")
         self.counters["duplicates"] += results.count("duplicate")
         for code, said in complaints.items():
             message = "MongoDB refuses events, they wait in %s: code %d, %s"
-            self._say(message, self.disk.spool, code, said)
+            log.warning(message, self.disk.spool, code, said)
         return results
-
-    # Outages
-
-    def _say(self, message: str, *values: Any) -> None:
-        """Logs a warning, the same only once until the spool was empty."""
-        text = message % values
-        if text not in self._said:
-            self._said.add(text)
-            log.warning("%s", text)
 
     def _went_down(self, error: Exception) -> None:
         self.up = False
         if not self._outage_said:
             self._outage_said = True
             message = "MongoDB cannot take events, they go to %s until it can: %s"
-            log.warning(message, self.disk.spool, describe(error))
+            log.error(message, self.disk.spool, describe(error))
 
     def _came_up(self) -> None:
         """An insert was answered as fast as a fresh event needs it."""
@@ -1035,19 +973,16 @@ class Storage:
             if self.failing:
                 await self.on_disk(self.disk.probe, self.failing)
                 self.failing = 0
-        if not found:
-            self._said.clear()
         progress = self._progress.items()
         self._progress = {name: each for name, each in progress if name in found}
         now, after = time.time(), self._after
-
-        def is_due(name: str) -> bool:  # a time in the future counts as past
-            return not (
-                name.endswith(REFUSED) and 0 <= now - found[name] < REFUSED_SECONDS
-            )
-
-        due = filter(is_due, found)
-        for name in sorted(due, key=lambda n: (n.endswith(REFUSED), n <= after, n)):
+        due = [
+            (name.endswith(REFUSED), name <= after, name)
+            for name, tried in found.items()
+            # A time in the future counts as past.
+            if not (name.endswith(REFUSED) and 0 <= now - tried < REFUSED_SECONDS)
+        ]
+        for _, _, name in sorted(due):
             if not await self._deliver(name):
                 self._after = name
                 return
@@ -1063,7 +998,7 @@ class Storage:
         costs nothing. What is refused is in a file of its own before this one goes.
         """
         progress = self._progress.setdefault(name, Progress())
-        is_last = False
+        again, is_last = name.endswith(REFUSED), False
         try:
             while not is_last:
                 work = (self.disk.read, name, progress.offset, progress.most)
@@ -1072,9 +1007,8 @@ class Storage:
                 if results is None:
                     return False
                 left = [each for each, r in zip(documents, results) if r == "refused"]
-                again = name.endswith(REFUSED)
                 if again and left == documents and is_last and not progress.offset:
-                    await self.on_disk(self.disk.touch, name)
+                    await self.on_disk(os.utime, self.disk.spool / name)
                     return True
                 if left:
                     await self.on_disk(self.disk.put, left, REFUSED, False)
@@ -1084,7 +1018,7 @@ class Storage:
         except FileNotFoundError:
             pass  # it was set aside, or somebody took it away
         except OSError as error:
-            self._say("spool/%s waits: %s", name, error.strerror)
+            log.warning("spool/%s waits: %s", name, error.strerror)
         return True
 
     async def _try(
@@ -1095,7 +1029,7 @@ class Storage:
         After each failure, but one to reach a server, the next piece is half as large and
         has twice the time: so a slow link, a slow cluster and a document for whose sake
         MongoDB refuses the whole command each get what they need. Such a document alone,
-        refused twice, is refused like others.
+        refused again, is refused like others.
         """
         if not documents:
             return []
@@ -1106,9 +1040,9 @@ class Storage:
                 documents, seconds * 2 ** min(progress.failures, 6)
             )
         except Exception as error:  # noqa: BLE001, whatever it is, they are tried again
-            self._say("%s waits for MongoDB: %s", self.disk.spool, describe(error))
-            no_server = isinstance(error, pymongo.errors.ConnectionFailure)
-            if no_server and not isinstance(error, pymongo.errors.NetworkTimeout):
+            log.warning("%s waits for MongoDB: %s", self.disk.spool, describe(error))
+            no_server = isinstance(error, errors.ConnectionFailure)
+            if no_server and not isinstance(error, errors.NetworkTimeout):
                 return None
             progress.failures += 1
             progress.most = max(size // 2, 1)
@@ -1133,17 +1067,15 @@ class Storage:
 # RFC 9110 section 5.6.2, RFC 9112 sections 3 and 5, and stricter: no obs-fold, no bare CR
 # or LF. What two parsers could read in two ways is refused. Text is Latin-1: a byte each.
 TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-AUTHORITY = r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*"
+AUTHORITY = r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]+"
 REQUEST_LINE = re.compile(
-    rf"({TOKEN}) ((?:https?://(?=[^/])({AUTHORITY}))?(/[\x21-\x7e]*)) HTTP/1\.([01])"
+    rf"({TOKEN}) ((?:https?://({AUTHORITY}))?(/[!->@-~]*)(?:\?([!-~]*))?) HTTP/1\.([01])"
 )
 FIELD_LINES = re.compile(rf"(?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*(?:\r\n|\Z))*")
 FIELD = re.compile(r"([^:\r]+):([^\r]*)(?:\r\n|\Z)")
-HOST = re.compile(AUTHORITY)
 CONTENT_LENGTH = re.compile("[0-9]{1,19}")
 METHOD_START = re.compile(TOKEN.encode())
-NOT_IN_REQUEST_LINE = re.compile(rb"[^\x20-\x7e\r]")
-BARE_CR_OR_LF = re.compile(rb"\r(?!\n|\Z)|(?<!\r)\n")
+END_OF_HEAD = re.compile(rb"\r?\n\r?\n")  # with LF alone it is malformed, and ends
 SIGNATURE = re.compile("[0-9a-f]{40}")
 MAX_TARGET_BYTES = 8 * KIB
 MAX_HEAD_BYTES = 32 * KIB
@@ -1164,44 +1096,12 @@ SMALL_BODY_BYTES = 64 * KIB  # a larger one is worked on in a thread
 MAX_BODIES_BYTES = 64 * MIB  # of all bodies that have come in part
 SPARE_FILES = 30  # descriptors for MongoDB, the disk, the log
 
+TARGET_TOO_LONG = Refused(414, "request target too long")
+HEAD_TOO_LARGE = Refused(431, "request head too large")
 INCOMPLETE = Refused(408, "the request was not complete in time")
 LATE = Refused(503, "not stored in time")
 NO_ROOM = Refused(503, "too many connections")
 NO_MEMORY = Refused(503, "too many large bodies in flight")
-
-
-def parse_request_line(line: str) -> tuple[str, str | None, str, str]:
-    """Returns method, host if it names one, target, minor version.
-
-    Raises Refused: 400 or 414.
-    """
-    match = REQUEST_LINE.fullmatch(line)
-    if len(match[2] if match else line) > MAX_TARGET_BYTES:
-        raise Refused(414, "request target too long")
-    if not match:
-        raise Refused(400, "malformed HTTP: request line")
-    return match[1], match[3], match[4], match[5]
-
-
-def check_incomplete_head(data: bytes, checked: int) -> None:
-    """Raises Refused as soon as a head's beginning shows that all of it will be.
-
-    ``checked`` bytes were seen before: a head that comes byte by byte must not cost the
-    square of its length.
-    """
-    if BARE_CR_OR_LF.search(data, max(checked - 1, 0)):
-        raise Refused(400, "malformed HTTP: bare CR or LF")
-    end = data.find(b"\r\n", 0, MAX_TARGET_BYTES + 64)
-    if end < 0:
-        # A TLS client, for one, waits for an answer to bytes that have no line end.
-        if not METHOD_START.match(data) or NOT_IN_REQUEST_LINE.search(data, checked):
-            raise Refused(400, "malformed HTTP: request line")
-        if len(data) > MAX_TARGET_BYTES + 64:
-            raise Refused(414, "request target too long")
-    elif end + 2 > checked:
-        parse_request_line(data[:end].decode("latin-1"))
-    if len(data) > MAX_HEAD_BYTES + 3:  # its end may have come in part
-        raise Refused(431, "request head too large")
 
 
 def parse_fields(lines: str) -> dict[str, str]:
@@ -1241,11 +1141,7 @@ class Handler(BaseHTTPRequestHandler):
     headers: dict[str, str]  # type: ignore[assignment]
     wfile: BytesIO
     task: asyncio.Task[None]
-    methods: ClassVar = {
-        "/webhook": "PATCH, POST, PUT",
-        "/webhook/": "PATCH, POST, PUT",
-        "/health": "GET, HEAD",
-    }
+    methods: ClassVar = {"/webhook": "PATCH, POST, PUT", "/health": "GET, HEAD"}
 
     def __init__(
         self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -1305,10 +1201,10 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if not await self.read_head():
                 return
-            methods = self.methods.get(self.path)
-            if methods is None:
+            self.path = "/webhook" if self.path == "/webhook/" else self.path
+            if self.path not in self.methods:
                 raise Refused(404, "not found")
-            if self.command not in methods.split(", "):
+            if self.command not in self.methods[self.path].split(", "):
                 raise Refused(405, "method not allowed")
             await getattr(self, f"do_{self.command}")()
         except Refused as refused:
@@ -1344,32 +1240,45 @@ class Handler(BaseHTTPRequestHandler):
                 return False
             self.buffer += data
         self.buffer = self.buffer.removeprefix(b"\r\n")  # RFC 9112 section 2.2
-        checked = 0
-        while (end := self.buffer.find(b"\r\n\r\n", max(checked - 3, 0))) < 0:
-            if not checked:
-                self.enter(HEAD_SECONDS, INCOMPLETE)
-            check_incomplete_head(self.buffer, checked)
-            checked = len(self.buffer)
+        self.enter(HEAD_SECONDS, INCOMPLETE)
+        searched = 0  # a head that comes byte by byte must not cost its length squared
+        while not (end := END_OF_HEAD.search(self.buffer, max(searched - 3, 0))):
+            if not METHOD_START.match(self.buffer):  # a TLS client waits for an answer
+                raise Refused(400, "malformed HTTP: request line")
+            if (
+                b"\r\n" not in self.buffer[: MAX_TARGET_BYTES + 64]
+                and len(self.buffer) > MAX_TARGET_BYTES + 64
+            ):
+                raise TARGET_TOO_LONG
+            if len(self.buffer) > MAX_HEAD_BYTES + 3:  # its end may have come in part
+                raise HEAD_TOO_LARGE
+            searched = len(self.buffer)
             self.buffer += await self.receive()
         self.enter(ANSWER_SECONDS, LATE, answering=True)
-        self.parse_head(self.buffer[:end].decode("latin-1"))
-        self.buffer = self.buffer[end + 4 :]
+        head, self.buffer = self.buffer[: end.start()], self.buffer[end.end() :]
+        if end[0] != b"\r\n\r\n":
+            raise Refused(400, "malformed HTTP: bare LF")
+        self.parse_head(head.decode("latin-1"))
         return True
 
     def parse_head(self, head: str) -> None:
         """Parses a head without its empty line. Raises Refused: 400, 414 or 431."""
         line, _, lines = head.partition("\r\n")
-        self.command, host, target, minor_version = parse_request_line(line)
-        self.path, _, self.query = target.partition("?")
+        match = REQUEST_LINE.fullmatch(line)
+        if len(match[2] if match else line) > MAX_TARGET_BYTES:
+            raise TARGET_TOO_LONG
+        if not match:
+            raise Refused(400, "malformed HTTP: request line")
+        self.command, _, host, self.path, self.query, minor_version = match.groups("")
         self.request_version = f"HTTP/1.{minor_version}"
         if len(head) > MAX_HEAD_BYTES or lines.count("\r\n") >= MAX_FIELDS:
-            raise Refused(431, "request head too large")
+            raise HEAD_TOO_LARGE
         self.headers = headers = parse_fields(lines)
         if "host" not in headers and minor_version == "1":
             raise Refused(400, "malformed HTTP: Host is missing")
-        if host is not None:  # RFC 9112 section 3.2.2
+        if host:  # RFC 9112 section 3.2.2
             headers["host"] = host
-        if not HOST.fullmatch(headers.get("host", "")):
+        if not re.fullmatch(f"(?:{AUTHORITY})?", headers.get("host", "")):
             raise Refused(400, "malformed HTTP: Host")
         self.unread = int(headers.get("content-length", "0"))
         options = members(headers.get("connection", ""))
@@ -1426,15 +1335,12 @@ class Handler(BaseHTTPRequestHandler):
     def refuse(self, refused: Refused) -> None:
         status, reason = refused.status, refused.reason
         self.server.unauthorized += status == 401
-        kind = f"{status} {words(reason)}"
-        self.server.log_some(kind, logging.WARNING, "refused: %s", kind)
-        allow = self.methods.get(self.path, "")
-        headers = {
-            401: {"WWW-Authenticate": "Bearer"},
-            405: {"Allow": allow},
-            503: {"Retry-After": "5"},
-        }.get(status, {})
-        self.answer(status, {"error": reason[:1000]}, **headers)
+        log.warning("refused: %d %s", status, words(reason))
+        allowed = self.methods.get(self.path, "")
+        headers = {401: ("WWW-Authenticate", "Bearer"), 405: ("Allow", allowed)}
+        headers[503] = ("Retry-After", "5")
+        named = dict([headers[status]]) if status in headers else {}
+        self.answer(status, {"error": reason[:1000]}, **named)
 
     async def send(self) -> None:
         """Sends the answer in one write, and waits until the client has taken it."""
@@ -1542,9 +1448,11 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(411, "Content-Length is required")
         most = self.settings.max_body_bytes
         if self.unread > most:
-            # Segment will not send it again.
-            message = "lost: a body of %d bytes, RECEIVER_MAX_BODY_BYTES is %d"
-            self.server.log_some("413", logging.ERROR, message, self.unread, most)
+            if self.settings.public_secrets:  # of which he knows one
+                message = (
+                    "lost, for Segment gives up: %d bytes, RECEIVER_MAX_BODY_BYTES=%d"
+                )
+                log.error(message, self.unread, most)
             raise Refused(413, f"the limit is {most} bytes")
 
     async def work(self, task: Callable[..., T], body: bytes, *more: Any) -> T:
@@ -1560,7 +1468,6 @@ class DemoHandler(Handler):
 
     methods: ClassVar = Handler.methods | {
         "/webhook": "OPTIONS, PATCH, POST, PUT",
-        "/webhook/": "OPTIONS, PATCH, POST, PUT",
         "/": "GET, HEAD",
         "/demo.html": "GET, HEAD",
         "/events": "GET, HEAD",
@@ -1606,7 +1513,7 @@ class DemoHandler(Handler):
 
         try:
             return (await self.storage.on_mongodb(find)).encode()
-        except pymongo.errors.PyMongoError as error:
+        except errors.PyMongoError as error:
             log.warning("the demo cannot read MongoDB: %s", describe(error))
             raise Refused(503, "MongoDB cannot be read now") from None
 
@@ -1656,7 +1563,6 @@ class Server:
         self._connections: OrderedDict[Handler, None] = OrderedDict()
         self._most = settings.max_connections
         self._held = 0
-        self._kinds: Counter[str] = Counter()
         self._shows_events = settings.demo or (sys.stderr and sys.stderr.isatty())
 
     async def start(self, listener: socket.socket) -> None:
@@ -1749,10 +1655,10 @@ class Server:
         self._held -= handler.held
         handler.held = 0
 
-    async def watch(self, *others: Callable[[], None]) -> None:
+    async def watch(self, mongod: EmbeddedMongoDB) -> None:
         """Looks a few times a second who is late, and does what else is due."""
         suspects: set[Handler] = set()
-        looked = counted = time.monotonic()
+        looked = time.monotonic()
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             # The process may have been paused: what came meanwhile has to be read before
@@ -1765,25 +1671,11 @@ class Server:
                 handler.end(handler.late)
             suspects = late
             self.date = formatdate(usegmt=True)
-            if now - counted > 60:
-                counted = now
-                self._log_kinds()
-            for other in others:
-                other()
-
-    # Logs
-
-    def log_some(self, kind: str, level: int, message: str, *values: Any) -> None:
-        """Logs the first of a kind; the others are counted, as a flood may come."""
-        self._kinds[kind] += 1
-        if self._kinds[kind] == 1:
-            log.log(level, message, *values)
-
-    def _log_kinds(self) -> None:
-        counts, self._kinds = self._kinds, Counter()
-        repeated = [f"{n} x {kind}" for kind, n in counts.most_common() if n > 1]
-        if repeated:
-            log.warning("refused within a minute: %s", ", ".join(repeated))
+            mongod.report_end()
+            if not self.storage.wedged:
+                counts, up = self.storage.counters, "up" if self.storage.up else "down"
+                status = f"{counts['stored']} stored, {counts['spooled']} spooled"
+                notify(f"WATCHDOG=1\nSTATUS={status}, MongoDB {up}")
 
     def show(self, results: Sequence[str], documents: Sequence[Document]) -> None:
         """Lets somebody who watches a terminal see each event land."""
@@ -1798,6 +1690,7 @@ class Server:
 
 PRIORITIES = {logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
 MAX_LOG_RECORDS = 1000
+QUIET_SECONDS = 600.0  # so long the log does not repeat a warning
 # A track call as Segment sends it, for --check.
 MOMENT = "2026-01-31T12:00:00.000Z"
 SAMPLE = {
@@ -1858,20 +1751,39 @@ class PatientLog(logging.handlers.QueueHandler):
             time.sleep(0.01)
 
 
-def start_logs() -> list[PatientLog]:
-    """Logs to standard error; what is said to the user goes to standard output."""
+class Once(logging.Filter):
+    """Drops a warning that was logged lately, and says later how often it came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, tuple[float, int]] = {}  # text: when logged, dropped since
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
+        text, now = record.getMessage(), time.monotonic()
+        since, dropped = self.seen.get(text, (-QUIET_SECONDS, 0))
+        if now - since < QUIET_SECONDS:
+            self.seen[text] = (since, dropped + 1)
+            return False
+        if len(self.seen) > MAX_LOG_RECORDS:
+            self.seen.clear()
+        self.seen[text] = (now, 0)
+        if dropped:
+            record.msg, record.args = f"{text} ({dropped} times since it was said)", ()
+        return True
+
+
+def start_log() -> PatientLog:
+    """Begins to log to standard error."""
     logging.raiseExceptions = False  # a log that cannot be written changes nothing
     for name in ("pymongo", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    output.propagate = False
-    root = logging.getLogger()
-    for logger, stream, formatter in (
-        (root, sys.stderr, LogFormatter()),
-        (output, sys.stdout, logging.Formatter()),
-    ):
-        logger.addHandler(PatientLog(stream, formatter))
-        logger.setLevel(logging.INFO)
-    return [*root.handlers, *output.handlers]  # type: ignore[list-item]
+    handler = PatientLog(sys.stderr, LogFormatter())
+    logging.root.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.addFilter(Once())
+    return handler
 
 
 def notify(state: str, seconds: float = 0) -> None:
@@ -1940,15 +1852,27 @@ class EmbeddedMongoDB:
 
     async def start(self) -> None:
         """Uses the MongoDB that answers there, else starts one; logs what it did."""
-        status = await self.storage.ask("serverStatus", 0.5)
-        if status or await self.storage.ask("ping", 0.5):
+        if await self.ask("ping"):
             with contextlib.suppress(OSError, ValueError):
                 pid = int((self.folder / "mongod.lock").read_text())
-                self._pid = pid if pid == status.get("pid") else 0
+                self._pid = (
+                    pid if (await self.ask("serverStatus")).get("pid") == pid else 0
+                )
             whose = "of a receiver that was killed" if self._pid else "which was there"
             log.info("uses the MongoDB on %s, %s", LOCAL_MONGODB, whose)
         elif why := await self._start():
             log.warning("no MongoDB, events go to the spool: %s", why)
+
+    async def ask(self, command: str) -> dict[str, Any]:
+        """Returns MongoDB's answer to a command, nothing if none comes in a while."""
+        client = self.storage.collection.database.client
+
+        def ask() -> dict[str, Any]:
+            with contextlib.suppress(errors.PyMongoError), pymongo.timeout(0.5):
+                return dict(client.admin.command(command))
+            return {}
+
+        return await self.storage.on_mongodb(ask)
 
     async def _start(self) -> str:
         """Starts it and waits for its answer; returns why it cannot be had, else ""."""
@@ -1978,7 +1902,7 @@ class EmbeddedMongoDB:
                 return f"cannot start {binary} on {LOCAL_MONGODB}: {error.strerror}"
             self._pid = self._process.pid
             while self._process.poll() is None:
-                if await self.storage.ask("ping", 0.5):
+                if await self.ask("ping"):
                     where = LOCAL_MONGODB, self.folder
                     log.info("started a MongoDB on %s, its data is in %s", *where)
                     return ""
@@ -2035,10 +1959,21 @@ def with_demo_secrets(settings: Settings, disk: Disk) -> Settings:
     return dataclasses.replace(settings, public_secrets=known, events_secrets=known)
 
 
-def welcome(settings: Settings, url: str) -> str:
-    """Returns what somebody who starts the receiver for the first time wants to know."""
+def say(text: str) -> None:
+    """Prints, in a thread of its own: standard output may be full, or gone."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, flush=True)
+
+
+def welcome(settings: Settings, url: str, made_up: bool) -> str:
+    """Returns what somebody who starts a demo wants to know."""
+    public = quote(settings.events_secrets[0], safe="")
+    if not made_up:
+        # A secret of the user's own is not printed; one made up for /events has to be.
+        return (
+            f"demo page: {url}/{'' if settings.public_secrets else f'#public={public}'}"
+        )
     shared = settings.shared_secrets[0].decode()
-    public = quote(settings.public_secrets[0], safe="")
     return f"""
 No SEGMENT_SHARED_SECRET is set, so this is a demo with secrets that are made up.
 
@@ -2076,7 +2011,7 @@ def try_mongodb(collection: Any) -> str:
                 inside.insert_one(RawBSONDocument(event.bson), session=session)
                 session.abort_transaction()
             return "MongoDB took an event in a transaction, which was aborted"
-        with contextlib.suppress(pymongo.errors.BulkWriteError):
+        with contextlib.suppress(errors.BulkWriteError):
             collection.insert_many([RawBSONDocument(bson.encode({"_id": []}))])
     return (
         "MongoDB answers and lets this user insert; being no replica set it cannot show "
@@ -2098,15 +2033,8 @@ def check(settings: Settings) -> int:
         faults.append(f"{disk.spool}: no event could wait there: {error.strerror}")
     try:
         proof = try_mongodb(collection)
-    except pymongo.errors.PyMongoError as error:
-        advice = {
-            13: "grant its user a role that may insert into the collection",
-            18: "correct user and password",
-            121: "correct the collection's validator, which refuses a plain event",
-            166: "name a collection that is no view",
-            8000: "correct user and password, or make room in the cluster",
-        }.get(getattr(error, "code", 0) or 0, "check address, network access, primary")
-        faults.append(f"MongoDB: {advice}: {describe(error)}")
+    except errors.PyMongoError as error:
+        faults.append(f"MongoDB does not take an event: {describe(error)}")
     for fault in faults:
         log.error("%s", fault)
     if not faults:
@@ -2135,7 +2063,7 @@ async def serve(settings: Settings) -> int:
     listener, url = open_listener(settings)
     mongod = EmbeddedMongoDB(storage, disk.data / "mongodb")
     # Asked early, pymongo knows MongoDB by the first event; but nobody waits long for it.
-    first = storage.ask("ping", 5.0) if settings.mongodb_uri else mongod.start()
+    first = mongod.ask("ping") if settings.mongodb_uri else mongod.start()
     starting, stopped = loop.create_task(first), loop.create_task(stop.wait())
     some = asyncio.FIRST_COMPLETED
     try:
@@ -2146,16 +2074,11 @@ async def serve(settings: Settings) -> int:
         log.info("listening on %s, events go to %s", url, where)
         if settings.trust_batches:
             log.warning("batches are trusted: Segment signs only a batch's first event")
-        if made_up:
-            output.info("%s", welcome(settings, url))
-        elif settings.demo:
-            # A secret of the user's own is not printed; one made up for /events has to be.
-            public = (
-                "" if settings.public_secrets else settings.events_secrets[0].decode()
-            )
-            output.info("demo page: %s/%s", url, public and f"#public={public}")
+        if settings.demo:
+            said = welcome(settings, url, made_up)
+            threading.Thread(target=say, args=(said,), daemon=True).start()
         notify("READY=1", 1)
-        watch = loop.create_task(server.watch(mongod.report_end, storage.feed_watchdog))
+        watch = loop.create_task(server.watch(mongod))
         await asyncio.wait({stopped, watch}, return_when=some)
         notify("STOPPING=1", 0.1)
         log.info("stopping")
@@ -2173,7 +2096,7 @@ def main() -> NoReturn:
     # One of the first three descriptors that is closed would be the next socket's.
     while os.open(os.devnull, os.O_RDWR) < 3:
         pass
-    logs = start_logs()
+    handler = start_log()
     gc.freeze()  # less to look through, and less often: 5 % more events (bench/run.py)
     gc.set_threshold(10_000)
     try:
@@ -2182,8 +2105,7 @@ def main() -> NoReturn:
     except SettingsError as error:
         print(f"receiver.py: {error}", file=sys.stderr)
         status = 2
-    for each in logs:
-        each.wait(1.0)
+    handler.wait(1.0)
     os._exit(status)  # waits for no thread: one of pymongo's may take long
 
 
