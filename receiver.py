@@ -736,11 +736,11 @@ class Disk:
 
     def set_aside(self, name: str, reason: str) -> None:
         """Moves a file from the spool to ``rejected/``."""
-        kept = self.rejected / f"{secrets.token_hex(4)}-{name}"
-        self.write(kept.with_name(f"{kept.name}.reason.txt"), f"{reason}\n".encode())
+        kept = self.rejected / f"{secrets.token_hex(16)}.bson"
+        self.write(kept.with_suffix(".reason.txt"), f"{reason}\n".encode())
         os.replace(self.spool / name, kept)
         sync_folder(self.rejected)
-        log.warning("kept as rejected/%s: %s", kept.name, reason)
+        log.warning("kept as %s: %s", kept, reason)
 
 
 def sync_folder(path: Path) -> None:
@@ -1073,6 +1073,7 @@ REQUEST_LINE = re.compile(
 )
 FIELD_LINES = re.compile(rf"(?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*(?:\r\n|\Z))*")
 FIELD = re.compile(r"([^:\r]+):([^\r]*)(?:\r\n|\Z)")
+HOST = re.compile(f"(?:{AUTHORITY})?")
 CONTENT_LENGTH = re.compile("[0-9]{1,19}")
 METHOD_START = re.compile(TOKEN.encode())
 END_OF_HEAD = re.compile(rb"\r?\n\r?\n")  # with LF alone it is malformed, and ends
@@ -1096,8 +1097,7 @@ SMALL_BODY_BYTES = 64 * KIB  # a larger one is worked on in a thread
 MAX_BODIES_BYTES = 64 * MIB  # of all bodies that have come in part
 SPARE_FILES = 30  # descriptors for MongoDB, the disk, the log
 
-TARGET_TOO_LONG = Refused(414, "request target too long")
-HEAD_TOO_LARGE = Refused(431, "request head too large")
+# What is answered to who is ended; not raised, since that would pile up tracebacks.
 INCOMPLETE = Refused(408, "the request was not complete in time")
 LATE = Refused(503, "not stored in time")
 NO_ROOM = Refused(503, "too many connections")
@@ -1245,13 +1245,10 @@ class Handler(BaseHTTPRequestHandler):
         while not (end := END_OF_HEAD.search(self.buffer, max(searched - 3, 0))):
             if not METHOD_START.match(self.buffer):  # a TLS client waits for an answer
                 raise Refused(400, "malformed HTTP: request line")
-            if (
-                b"\r\n" not in self.buffer[: MAX_TARGET_BYTES + 64]
-                and len(self.buffer) > MAX_TARGET_BYTES + 64
-            ):
-                raise TARGET_TOO_LONG
             if len(self.buffer) > MAX_HEAD_BYTES + 3:  # its end may have come in part
-                raise HEAD_TOO_LARGE
+                has_target = b"\r\n" in self.buffer[: MAX_TARGET_BYTES + 64]
+                what = "head too large" if has_target else "target too long"
+                raise Refused(431 if has_target else 414, f"request {what}")
             searched = len(self.buffer)
             self.buffer += await self.receive()
         self.enter(ANSWER_SECONDS, LATE, answering=True)
@@ -1266,19 +1263,19 @@ class Handler(BaseHTTPRequestHandler):
         line, _, lines = head.partition("\r\n")
         match = REQUEST_LINE.fullmatch(line)
         if len(match[2] if match else line) > MAX_TARGET_BYTES:
-            raise TARGET_TOO_LONG
+            raise Refused(414, "request target too long")
         if not match:
             raise Refused(400, "malformed HTTP: request line")
         self.command, _, host, self.path, self.query, minor_version = match.groups("")
         self.request_version = f"HTTP/1.{minor_version}"
         if len(head) > MAX_HEAD_BYTES or lines.count("\r\n") >= MAX_FIELDS:
-            raise HEAD_TOO_LARGE
+            raise Refused(431, "request head too large")
         self.headers = headers = parse_fields(lines)
         if "host" not in headers and minor_version == "1":
             raise Refused(400, "malformed HTTP: Host is missing")
         if host:  # RFC 9112 section 3.2.2
             headers["host"] = host
-        if not re.fullmatch(f"(?:{AUTHORITY})?", headers.get("host", "")):
+        if not HOST.fullmatch(headers.get("host", "")):
             raise Refused(400, "malformed HTTP: Host")
         self.unread = int(headers.get("content-length", "0"))
         options = members(headers.get("connection", ""))
@@ -1293,9 +1290,8 @@ class Handler(BaseHTTPRequestHandler):
         length = self.unread
         if len(self.buffer) < length:
             expects = "100-continue" in members(self.headers.get("expect", ""))
-            if (
-                expects and self.request_version == "HTTP/1.1"
-            ):  # RFC 9110 section 10.1.1
+            # RFC 9110 section 10.1.1
+            if expects and self.request_version == "HTTP/1.1":
                 self.enter(SEND_SECONDS, None, answering=True)
                 self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 await self.writer.drain()
@@ -1635,10 +1631,7 @@ class Server:
         self._connections.pop(handler, None)
 
     def hold(self, handler: Handler, size: int) -> None:
-        """Counts what has come of a body; too much of all ends the one that began first.
-
-        Raises Refused (503) if that is this one.
-        """
+        """Counts what has come of a body; too much ends the one that began first."""
         self._held += size - handler.held
         handler.held = size
         while self._held > MAX_BODIES_BYTES:
@@ -1647,9 +1640,7 @@ class Server:
             ]
             first = min(reading, key=lambda each: each.began)
             self.release(first)
-            if first is handler:
-                raise NO_MEMORY
-            first.end(NO_MEMORY)
+            first.end(NO_MEMORY)  # its next wait, if it is this one
 
     def release(self, handler: Handler) -> None:
         self._held -= handler.held
@@ -2046,7 +2037,7 @@ async def serve(settings: Settings) -> int:
     """Starts everything in order, waits for a signal, and stops it in reverse order."""
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(
-        lambda _, what: log.error("asyncio: %s", what["message"])
+        lambda _, what: log.warning("asyncio: %s", what["message"])
     )
     stop = asyncio.Event()
     for name in ("SIGTERM", "SIGINT", "SIGHUP"):
