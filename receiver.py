@@ -114,13 +114,9 @@ class Settings:
     demo: bool = False
     check: bool = False
     trust_batches: bool = setting(
-        "SEGMENT_TRUST_BATCHES",
-        False,
-        "take batches of which the first event is signed",
+        "SEGMENT_TRUST_BATCHES", False, "take unproven batches"
     )
-    mongodb_uri: str = setting(
-        "MONGODB_URI", "", f"default: {LOCAL_MONGODB}, where one is started if need be"
-    )
+    mongodb_uri: str = setting("MONGODB_URI", "", f"else {LOCAL_MONGODB}")
     database: str = setting("MONGODB_DATABASE", "segment", "MongoDB's database")
     collection: str = setting("MONGODB_COLLECTION", "events", "MongoDB's collection")
     host: str = setting("RECEIVER_HOST", "127.0.0.1", "address to listen on")
@@ -138,32 +134,24 @@ class Settings:
         """
         options = [field for field in dataclasses.fields(cls) if field.metadata]
         values = parse_flags(options, arguments)
-        if re.search("//[^/@]*:[^/@]*@", values.get("mongodb_uri", "")):
-            why = "the process list would show its password"
-            raise SettingsError(f"--mongodb-uri: {why}: set MONGODB_URI instead")
         for option in options:
-            source = "--" + option.name.replace("_", "-")
-            for name in option.metadata["names"]:
-                if option.name not in values and name in environment:
-                    source, values[option.name] = name, environment[name]
-            if option.name in values:
-                text = usable(source, values[option.name])
-                values[option.name] = convert(option, source, text)
+            name, source = option.name, "--" + option.name.replace("_", "-")
+            for variable in option.metadata["names"]:
+                if name not in values and variable in environment:
+                    source, values[name] = variable, environment[variable]
+            if name in values:
+                values[name] = convert(option, source, values[name])
         if folders := environment.get("STATE_DIRECTORY"):  # of systemd
             values.setdefault("data_dir", folders.split(":")[0])
         values.setdefault("mongodb_uri", secret("MONGODB_URI", environment))
-        for name in ("shared_secrets", "public_secrets"):
-            text = secret(f"SEGMENT_{name[:-1].upper()}", environment)
-            values[name] = tuple(text.encode().split())
-        values["events_secrets"] = values["public_secrets"]
-        values["demo"] |= not (values["shared_secrets"] or values["check"])
+        shared = secret("SEGMENT_SHARED_SECRET", environment)
+        public = tuple(secret("SEGMENT_PUBLIC_SECRET", environment).encode().split())
+        values |= {"shared_secrets": tuple(shared.encode().split())}
+        values |= {"public_secrets": public, "events_secrets": public}
+        values["demo"] |= not (shared or values["check"])
         settings = cls(**values)
         if settings.demo and not is_loopback(settings.host):
-            why = (
-                "--demo"
-                if settings.shared_secrets
-                else "no SEGMENT_SHARED_SECRET is set"
-            )
+            why = "--demo" if shared else "no SEGMENT_SHARED_SECRET is set"
             raise SettingsError(
                 f"{why}: --host must be loopback, not {settings.host!r}"
             )
@@ -176,7 +164,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse_flags(options: Iterable[Any], arguments: Sequence[str]) -> dict[str, Any]:
-    """Returns the values of the flags that are given."""
+    """Returns the values of the flags that are given. Raises SettingsError."""
     parser = OneLineParser(
         prog="receiver.py",
         description="Stores every event that Segment's webhooks bring in MongoDB.",
@@ -194,15 +182,18 @@ def parse_flags(options: Iterable[Any], arguments: Sequence[str]) -> dict[str, A
         where = ", else ".join(option.metadata["names"])
         default = f"; default {option.default}" if option.default else ""
         about = f"{option.metadata['help']} [{where}{default}]"
-        if option.type == "bool":
-            parser.add_argument(flag, nargs="?", const="yes", metavar="no", help=about)
-        else:
-            parser.add_argument(flag, help=about)
-    return vars(parser.parse_args(arguments))
+        switch: dict[str, Any] = {"nargs": "?", "const": "yes", "metavar": "no"}
+        parser.add_argument(flag, help=about, **switch if option.type == "bool" else {})
+    values = vars(parser.parse_args(arguments))
+    if re.search("//[^/@]*:[^/@]*@", values.get("mongodb_uri", "")):
+        why = "the process list would show its password"
+        raise SettingsError(f"--mongodb-uri: {why}: set MONGODB_URI instead")
+    return values
 
 
 def convert(option: Any, source: str, text: str) -> Any:
-    """Returns the value that a field of that type takes. Raises SettingsError."""
+    """Returns a value of the option's type. Raises SettingsError."""
+    usable(source, text)
     if option.type == "bool":
         if text.lower() not in {"1", "true", "yes", "on", "0", "false", "no", "off"}:
             raise SettingsError(f"{source}: {text!r} is neither yes nor no")
@@ -210,8 +201,8 @@ def convert(option: Any, source: str, text: str) -> Any:
     if option.type == "int":
         least, most = RANGES[option.name]
         if not (re.fullmatch("[0-9]{1,18}", text) and least <= int(text) <= most):
-            why = f"is not a whole number from {least} to {most}"
-            raise SettingsError(f"{source}: {text!r} {why}")
+            limits = f"a whole number from {least} to {most}"
+            raise SettingsError(f"{source}: {text!r} is not {limits}")
         return int(text)
     return text
 
@@ -225,8 +216,7 @@ def usable(source: str, text: str) -> str:
         raise SettingsError(f"{source} {what}, at character {found.start() + 1}")
     is_secret = source.lower().endswith(("secret", "uri"))
     if is_secret and text[0] == text[-1] and text[0] in "\"'":
-        why = "is in quotes, which docker's --env-file keeps: take them away"
-        raise SettingsError(f"{source} {why}")
+        raise SettingsError(f"{source} is in quotes: take them away")
     return text
 
 
@@ -236,18 +226,16 @@ def secret(variable: str, environment: Mapping[str, str]) -> str:
     Raises SettingsError for one that is there and cannot be used.
     """
     source, text = variable, environment.get(variable)
-    folder = environment.get("CREDENTIALS_DIRECTORY")
-    if text is None and folder:
-        path = Path(folder, variable.lower())
+    path = Path(environment.get("CREDENTIALS_DIRECTORY", "/nowhere"), variable.lower())
+    if text is None:
         source = f"credential {path.name}"
         try:
             text = os.fsdecode(path.read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return ""
         except OSError as error:
             raise SettingsError(f"{source}: {error.strerror}") from None
-    # White space between secrets may be line ends.
-    return "" if text is None else usable(source, " ".join(text.split()))
+    return usable(source, " ".join(text.split()))  # what separates may be line ends
 
 
 def is_loopback(host: str) -> bool:
@@ -512,6 +500,8 @@ def open_collection(settings: Settings) -> Any:
         if given.get("w") == 0:
             raise ValueError("with w=0 MongoDB never says that it stored an event")
         concern = WriteConcern(**{"w": "majority", "j": True, **given})
+        if len(settings.database) > 63:
+            raise errors.InvalidName("a database's name has at most 63 characters")
         database = client[settings.database]
         return database.get_collection(settings.collection, write_concern=concern)
     except errors.InvalidName as error:
@@ -1126,14 +1116,14 @@ def members(value: str) -> list[str]:
     return [member.strip(" \t") for member in value.lower().split(",")]
 
 
-class Handler(BaseHTTPRequestHandler):
-    """One connection, a coroutine: http.server's handler, where what waits is async.
+class Connection(BaseHTTPRequestHandler):
+    """A connection is a coroutine: http.server's handler, where what waits is async.
 
     ``command``, ``path`` (without the query), ``query`` and ``headers`` are those of the
     request in hand, ``unread`` the bytes of its body that have not come. When
     ``deadline`` has passed on the server's clock the task is cancelled, and ``late`` is
     what it answers then, None to close without a word. Only a connection that is
-    ``answering`` may have an event on its way to MongoDB.
+    ``busy`` may have an event on its way to MongoDB.
     """
 
     protocol_version = "HTTP/1.1"
@@ -1141,7 +1131,7 @@ class Handler(BaseHTTPRequestHandler):
     headers: dict[str, str]  # type: ignore[assignment]
     wfile: BytesIO
     task: asyncio.Task[None]
-    methods: ClassVar = {"/webhook": "PATCH, POST, PUT", "/health": "GET, HEAD"}
+    methods: ClassVar[dict[str, str]] = {}  # of each path
 
     def __init__(
         self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -1163,12 +1153,10 @@ class Handler(BaseHTTPRequestHandler):
         self.headers, self.unread = {}, 0
         self.close_connection = True
 
-    def enter(
-        self, seconds: float, late: Refused | None, answering: bool = False
-    ) -> None:
+    def enter(self, seconds: float, late: Refused | None, busy: bool = False) -> None:
         self.deadline = self.server.clock + seconds
         self.late = late
-        self.answering = answering
+        self.busy = busy
 
     def end(self, late: Refused | None) -> None:
         """Ends what it waits for."""
@@ -1251,7 +1239,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(431 if has_target else 414, f"request {what}")
             searched = len(self.buffer)
             self.buffer += await self.receive()
-        self.enter(ANSWER_SECONDS, LATE, answering=True)
+        self.enter(ANSWER_SECONDS, LATE, busy=True)
         head, self.buffer = self.buffer[: end.start()], self.buffer[end.end() :]
         if end[0] != b"\r\n\r\n":
             raise Refused(400, "malformed HTTP: bare LF")
@@ -1292,7 +1280,7 @@ class Handler(BaseHTTPRequestHandler):
             expects = "100-continue" in members(self.headers.get("expect", ""))
             # RFC 9110 section 10.1.1
             if expects and self.request_version == "HTTP/1.1":
-                self.enter(SEND_SECONDS, None, answering=True)
+                self.enter(SEND_SECONDS, None, busy=True)
                 self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 await self.writer.drain()
             self.began = self.server.clock
@@ -1304,7 +1292,7 @@ class Handler(BaseHTTPRequestHandler):
             self.buffer = bytes(data)
         body, self.buffer = self.buffer[:length], self.buffer[length:]
         self.unread = 0
-        self.enter(ANSWER_SECONDS, LATE, answering=True)
+        self.enter(ANSWER_SECONDS, LATE, busy=True)
         return body
 
     # Answering
@@ -1340,7 +1328,7 @@ class Handler(BaseHTTPRequestHandler):
 
     async def send(self) -> None:
         """Sends the answer in one write, and waits until the client has taken it."""
-        self.enter(SEND_SECONDS, None, answering=not self.evicted)
+        self.enter(SEND_SECONDS, None, busy=not self.evicted)
         self.writer.write(self.wfile.getvalue())
         await self.writer.drain()
         self.server.completed(self)
@@ -1355,7 +1343,11 @@ class Handler(BaseHTTPRequestHandler):
             while await self.reader.read(READ_BYTES):
                 pass
 
-    # Routes
+
+class Handler(Connection):
+    """The routes: a ``do_...`` for each method, and what they check."""
+
+    methods: ClassVar = {"/webhook": "PATCH, POST, PUT", "/health": "GET, HEAD"}
 
     async def do_POST(self) -> None:
         """Takes events. Checks run cheapest first, before a byte of the body is read."""
@@ -1414,8 +1406,6 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(503 if storage.failing else 200, value)
 
     do_HEAD = do_GET
-
-    # Checks
 
     def parameters(self, name: str) -> list[bytes]:
         """Returns the query's values of that name; "+" is a plus, not a space."""
@@ -1554,9 +1544,9 @@ class Server:
         self.stopping = False
         self.unauthorized = 0
         self.worker = ThreadPoolExecutor(1)  # the interpreter has no use for a second
-        self._handlers: set[Handler] = set()
+        self._handlers: set[Connection] = set()
         # Those that count, in the order in which they last completed a request.
-        self._connections: OrderedDict[Handler, None] = OrderedDict()
+        self._connections: OrderedDict[Connection, None] = OrderedDict()
         self._most = settings.max_connections
         self._held = 0
         self._shows_events = settings.demo or (sys.stderr and sys.stderr.isatty())
@@ -1584,7 +1574,7 @@ class Server:
         while self._handlers and (now := time.monotonic()) < end:
             # One that is new or was answered just now may have a request on its way.
             for handler in self._handlers:
-                waits = handler.late is None and not handler.answering
+                waits = handler.late is None and not handler.busy
                 if waits and now - handler.since > 0.5:
                     handler.end(None)
             await asyncio.sleep(0.02)
@@ -1613,7 +1603,7 @@ class Server:
         for handler in self._connections:
             if handler.since > recently:
                 break
-            if not handler.answering:
+            if not handler.busy:
                 del self._connections[handler]
                 handler.evicted = True
                 # Not the client's fault: 408 would be the end of an authentic event.
@@ -1621,34 +1611,32 @@ class Server:
                 return True
         return False
 
-    def completed(self, handler: Handler) -> None:
+    def completed(self, handler: Connection) -> None:
         handler.since = time.monotonic()
         if handler in self._connections:
             self._connections.move_to_end(handler)
 
-    def forget(self, handler: Handler) -> None:
+    def forget(self, handler: Connection) -> None:
         self._handlers.discard(handler)
         self._connections.pop(handler, None)
 
-    def hold(self, handler: Handler, size: int) -> None:
+    def hold(self, handler: Connection, size: int) -> None:
         """Counts what has come of a body; too much ends the one that began first."""
         self._held += size - handler.held
         handler.held = size
         while self._held > MAX_BODIES_BYTES:
-            reading = [
-                each for each in self._handlers if each.held and not each.answering
-            ]
+            reading = [each for each in self._handlers if each.held and not each.busy]
             first = min(reading, key=lambda each: each.began)
             self.release(first)
             first.end(NO_MEMORY)  # its next wait, if it is this one
 
-    def release(self, handler: Handler) -> None:
+    def release(self, handler: Connection) -> None:
         self._held -= handler.held
         handler.held = 0
 
     async def watch(self, mongod: EmbeddedMongoDB) -> None:
         """Looks a few times a second who is late, and does what else is due."""
-        suspects: set[Handler] = set()
+        suspects: set[Connection] = set()
         looked = time.monotonic()
         while True:
             await asyncio.sleep(LOOK_SECONDS)
@@ -1707,39 +1695,21 @@ class LogFormatter(logging.Formatter):
 
 
 class PatientLog(logging.handlers.QueueHandler):
-    """Hands records to a thread of its own, so that a log nobody reads stops nothing.
+    """Hands records to a thread of their own, so that a log nobody reads stops nothing.
 
     What does not fit into the queue is dropped and counted.
     """
 
-    queue: queue.Queue[logging.LogRecord]
-
-    def __init__(self, stream: Any, formatter: logging.Formatter) -> None:
-        super().__init__(queue.Queue(MAX_LOG_RECORDS))
-        self.dropped = 0
-        self.writer = logging.StreamHandler(stream) if stream else logging.NullHandler()
-        self.writer.setFormatter(formatter)
-        threading.Thread(target=self._write, daemon=True).start()
+    dropped = 0
 
     def enqueue(self, record: logging.LogRecord) -> None:
+        if self.dropped:
+            record.msg += f" ({self.dropped} lines before it were dropped)"
         try:
             self.queue.put_nowait(record)
+            self.dropped = 0
         except queue.Full:
             self.dropped += 1
-
-    def _write(self) -> None:
-        while True:
-            self.writer.handle(self.queue.get())
-            if self.dropped and self.queue.empty():
-                dropped, self.dropped = self.dropped, 0
-                log.warning("the log was not read: %d lines dropped", dropped)
-            self.queue.task_done()
-
-    def wait(self, seconds: float) -> None:
-        """Waits until all is written, at most so long."""
-        end = time.monotonic() + seconds
-        while self.queue.unfinished_tasks and time.monotonic() < end:
-            time.sleep(0.01)
 
 
 class Once(logging.Filter):
@@ -1765,16 +1735,19 @@ class Once(logging.Filter):
         return True
 
 
-def start_log() -> PatientLog:
-    """Begins to log to standard error."""
+def start_log() -> queue.Queue[Any]:
+    """Begins to log to standard error; returns what waits to be written."""
     logging.raiseExceptions = False  # a log that cannot be written changes nothing
     for name in ("pymongo", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    handler = PatientLog(sys.stderr, LogFormatter())
-    logging.root.addHandler(handler)
+    writer = logging.StreamHandler(sys.stderr) if sys.stderr else logging.NullHandler()
+    writer.setFormatter(LogFormatter())
+    waiting: queue.Queue[Any] = queue.Queue(MAX_LOG_RECORDS)
+    logging.handlers.QueueListener(waiting, writer).start()
+    logging.root.addHandler(PatientLog(waiting))
     log.setLevel(logging.INFO)
     log.addFilter(Once())
-    return handler
+    return waiting
 
 
 def notify(state: str, seconds: float = 0) -> None:
@@ -2087,7 +2060,7 @@ def main() -> NoReturn:
     # One of the first three descriptors that is closed would be the next socket's.
     while os.open(os.devnull, os.O_RDWR) < 3:
         pass
-    handler = start_log()
+    waiting = start_log()
     gc.freeze()  # less to look through, and less often: 5 % more events (bench/run.py)
     gc.set_threshold(10_000)
     try:
@@ -2096,7 +2069,9 @@ def main() -> NoReturn:
     except SettingsError as error:
         print(f"receiver.py: {error}", file=sys.stderr)
         status = 2
-    handler.wait(1.0)
+    end = time.monotonic() + 1
+    while waiting.unfinished_tasks and time.monotonic() < end:  # the last of the log
+        time.sleep(0.01)
     os._exit(status)  # waits for no thread: one of pymongo's may take long
 
 
