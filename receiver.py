@@ -500,8 +500,9 @@ def open_collection(settings: Settings) -> Any:
         if given.get("w") == 0:
             raise ValueError("with w=0 MongoDB never says that it stored an event")
         concern = WriteConcern(**{"w": "majority", "j": True, **given})
-        if len(settings.database) > 63:
-            raise errors.InvalidName("a database's name has at most 63 characters")
+        # https://www.mongodb.com/docs/manual/reference/limits/
+        if not re.fullmatch(r'[^/\\. "$*<>:|?]{1,63}', settings.database):
+            raise errors.InvalidName("the database cannot have that name")
         database = client[settings.database]
         return database.get_collection(settings.collection, write_concern=concern)
     except errors.InvalidName as error:
