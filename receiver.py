@@ -1488,13 +1488,17 @@ class DemoHandler(Handler):
         if not re.fullmatch(rb"[1-9][0-9]?|100", limit):
             raise Refused(400, "limit is a number from 1 to 100")
         names = [name.decode("utf-8", "replace") for name in self.parameters("id")]
-        ids = [*names, *map(ObjectId, filter(ObjectId.is_valid, names))]
+        ids: list[Any] = [*names, *map(ObjectId, filter(ObjectId.is_valid, names))]
+        for name in names:  # of an event's own: 0, true, {"b":1}
+            with contextlib.suppress(ValueError, RecursionError):
+                ids.append(json.loads(name))
         query = {"_id": {"$in": ids}} if ids else {}
 
         def find() -> str:
             with pymongo.timeout(INSERT_SECONDS):
                 events = self.storage.collection.with_options(AS_STORED)
-                found = events.find(query).sort("$natural", -1).limit(int(limit))
+                found = events.find(query).limit(1 if ids else int(limit))
+                found = found if ids else found.sort("$natural", -1)
                 relaxed = bson.json_util.RELAXED_JSON_OPTIONS
                 return bson.json_util.dumps(found, json_options=relaxed)
 
@@ -2045,6 +2049,8 @@ async def serve(settings: Settings) -> int:
         notify("READY=1", 1)
         watch = loop.create_task(server.watch(mongod))
         await asyncio.wait({stopped, watch}, return_when=some)
+        if not stop.is_set():
+            log.error("internal error", exc_info=watch.exception())
         notify("STOPPING=1", 0.1)
         log.info("stopping")
         starting.cancel()
