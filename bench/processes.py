@@ -1,322 +1,184 @@
-"""The processes that are measured: mongod, the receiver and its peers, a delay proxy.
+"""The processes that are measured: mongod, the receiver and its peers.
 
 Each listens on a free port of loopback, and is stopped by its process id.
 """
 
-from __future__ import annotations
-
-import contextlib
 import http.client
-import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
-from urllib.parse import quote
 
 import pymongo
-from environment import BENCH, GO_PEER, NODE_MODULES, ROOT
+from environment import OUT, PEERS, VENV
 
-sys.path.insert(0, str(ROOT))
-from receiver import find_mongod
-
-PEERS = BENCH / "peers"
 SHARED_SECRET = "benchmark-shared-secret"
 PUBLIC_SECRET = "benchmark-public-secret"  # the receiver checks it, its peers need not
-PATH = f"/webhook?secret={quote(PUBLIC_SECRET)}"
-START_SECONDS = 30.0
-STOP_SECONDS = 10.0
-CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+PATH = f"/webhook?secret={PUBLIC_SECRET}"
+
+GUNICORN = (sys.executable, "-m", "gunicorn", "--workers=2", "--threads=8")
+UVICORN = (sys.executable, "-m", "uvicorn", "--no-access-log", "--log-level=warning")
+COMMANDS: dict[str, tuple[object, ...]] = {
+    "http.server": (sys.executable, "http_server.py"),
+    "flask": (*GUNICORN, "--keep-alive=60", "--bind=127.0.0.1:$PORT", "flask_app:app"),
+    "fastapi": (*UVICORN, "--port=$PORT", "fastapi_app:app"),
+    "fastify": ("node", "fastify_app.js"),
+    "go": (OUT / "go_server",),
+    "go-group-commit": (OUT / "go_server", "group-commit"),
+}
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-def wait_until(condition: Callable[[], Any], what: str, seconds: float) -> Any:
-    """Returns what the condition returns as soon as that is true.
-
-    Raises TimeoutError after so many seconds.
-    """
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 30) -> None:
+    """Raises TimeoutError unless the condition is true within so many seconds."""
     deadline = time.monotonic() + seconds
-    while not (result := condition()):
+    while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{what}: not within {seconds:.0f} s")
+            raise TimeoutError(what)
         time.sleep(0.005)
-    return result
 
 
 class Process:
-    """A process that is stopped on leaving its ``with``; its output goes to a log."""
+    """A process that is ended on leaving its ``with``; its output is in bench/out."""
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name = name
-        self.log = folder / f"{name.replace(' ', '-')}.log"
-        self.port = free_port()
-        self.process: subprocess.Popen[bytes] | None = None
+    def __init__(self, name: str) -> None:
+        self.log = OUT / f"{name.replace('/', '-')}.log"
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.port = int(listener.getsockname()[1])
 
-    def spawn(self, command: Sequence[str], **environment: str) -> None:
+    def start(self, *command: object, **environment: str) -> None:
+        """Returns when it is ready. Raises RuntimeError if it ends instead."""
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                command,
-                env={"PATH": os.environ["PATH"], **environment},
-                stdin=subprocess.DEVNULL,
+                [str(part).replace("$PORT", str(self.port)) for part in command],
+                env={"PATH": os.environ["PATH"], "PORT": str(self.port), **environment},
+                cwd=PEERS,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # the terminal's Ctrl-C is for the benchmark
             )
-
-    def wait_ready(self, ready: Callable[[], Any]) -> None:
-        """Raises RuntimeError, with the end of the log, if it ends instead."""
-
-        def check() -> Any:
-            if self.pid and self.process.poll() is not None:
-                raise RuntimeError(f"{self.name} ended: {self.log_end()}")
-            return ready()
-
         try:
-            wait_until(check, f"{self.name} is ready", START_SECONDS)
-        except TimeoutError as error:
-            raise RuntimeError(f"{error}: {self.log_end()}") from None
-
-    def log_end(self) -> str:
-        return self.log.read_text(errors="replace")[-2000:]
-
-    @property
-    def pid(self) -> int:
-        assert self.process
-        return self.process.pid
-
-    def stop(self) -> None:
-        if self.process:
-            self.process.terminate()
-            try:
-                self.process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.kill()
+            ended = self.process.poll
+            wait_until(lambda: ended() is not None or self.ready(), f"see {self.log}")
+            if ended() is not None:
+                raise RuntimeError(f"it ended: see {self.log}")
+        except BaseException:
+            self.kill()
+            raise
 
     def kill(self) -> None:
-        if self.process:
-            self.process.kill()
-            self.process.wait()
+        self.process.kill()
+        self.process.wait()
 
     def __enter__(self) -> Any:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        self.kill()
 
+    def family(self, file: str) -> Iterator[str]:
+        """Yields proc(5)'s file of it and its descendants: gunicorn has workers."""
+        pids = [self.process.pid]
+        for pid in pids:
+            for children in Path("/proc").glob(f"{pid}/task/*/children"):
+                with suppress(OSError):  # a thread may have ended
+                    pids += map(int, children.read_text().split())
+            yield Path(f"/proc/{pid}/{file}").read_text()
 
-def family(pid: int) -> Iterator[int]:
-    """Yields a process and its descendants: gunicorn has workers."""
-    yield pid
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                yield from family(int(child))
+    def cpu_seconds(self) -> float:
+        """Returns the processor time that it has used."""
+        each = [text.rpartition(")")[2].split() for text in self.family("stat")]
+        ticks = sum(int(fields[11]) + int(fields[12]) for fields in each)
+        return ticks / os.sysconf("SC_CLK_TCK")
 
-
-def cpu_seconds(pid: int) -> float:
-    """Returns the processor time that a process and its descendants have used: proc(5)."""
-    ticks = 0
-    for member in family(pid):
-        with contextlib.suppress(OSError):
-            stat = Path(f"/proc/{member}/stat").read_text()
-            fields = stat.rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / CLOCK_TICKS
-
-
-def machine_cpu_seconds() -> float:
-    """Returns the time that all processors were busy, or taken by the hypervisor."""
-    fields = Path("/proc/stat").read_text().split()[1:9]
-    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
-    return (user + nice + system + irq + softirq + steal) / CLOCK_TICKS
-
-
-def memory_bytes(pid: int, field: str) -> int:
-    """Adds up VmRSS (now) or VmHWM (the most so far) of a process and its descendants."""
-    total = 0
-    for member in family(pid):
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{member}/status").read_text().splitlines():
-                if line.startswith(f"{field}:"):
-                    total += int(line.split()[1]) * 1024
-    return total
+    def memory(self, field: str) -> float:
+        """Returns VmRSS, its memory now, or VmHWM, the most so far, in MB."""
+        lines = "".join(self.family("status")).splitlines()
+        sizes = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+        return sum(map(int, sizes)) * 1024 / 1e6
 
 
 class Mongod(Process):
     """A single-node replica set: a majority insert waits for the journal on the disk."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__("mongod", folder)
-        self.data = folder / "mongodb"
-        self.data.mkdir()
-        self.binary = find_mongod()
-        if not self.binary:
-            sys.exit("bench: no mongod: set MONGOD to its path")
-        self.client: pymongo.MongoClient[dict[str, Any]] = pymongo.MongoClient(
-            "127.0.0.1", self.port, directConnection=True, serverSelectionTimeoutMS=5000
+        super().__init__("mongod")
+        # Of the package in requirements.txt, where there is no other.
+        packaged = next(VENV.glob("lib/*/site-packages/fiftyone/db/bin/mongod"), None)
+        binary = os.environ.get("MONGOD") or shutil.which("mongod") or packaged
+        data = folder / "mongodb"
+        data.mkdir()
+        self.command = (
+            *(binary, "--replSet", "bench", "--dbpath", data, "--quiet"),
+            *("--bind_ip", "127.0.0.1", "--port", "$PORT", "--nounixsocket"),
         )
-        self.start()
-        member = {"_id": 0, "host": f"127.0.0.1:{self.port}"}
-        configuration = {"_id": "bench", "members": [member]}
-        self.client.admin.command("replSetInitiate", configuration)
-        self.wait_primary()
+        options = "directConnection=true&w=majority&journal=true"
+        self.uri = f"mongodb://127.0.0.1:{self.port}/?{options}"
+        self.client = pymongo.MongoClient(self.uri, serverSelectionTimeoutMS=1000)
+        self.start(*self.command)
 
-    def start(self) -> None:
-        self.spawn(
-            [
-                *(str(self.binary), "--dbpath", str(self.data), "--replSet", "bench"),
-                *("--bind_ip", "127.0.0.1", "--port", str(self.port), "--nounixsocket"),
-                *("--networkMessageCompressors", "disabled"),
-                *("--wiredTigerCacheSizeGB", "1", "--quiet"),
-            ]
-        )
-        self.wait_ready(self.answers)
-
-    def answers(self) -> bool:
-        with contextlib.suppress(pymongo.errors.PyMongoError), pymongo.timeout(0.5):
-            self.client.admin.command("ping")
-            return True
+    def ready(self) -> bool:
+        with suppress(pymongo.errors.PyMongoError):
+            hello = self.client.admin.command("hello")
+            if "setName" not in hello:
+                members = [{"_id": 0, "host": f"127.0.0.1:{self.port}"}]
+                configuration = {"_id": "bench", "members": members}
+                self.client.admin.command("replSetInitiate", configuration)
+            return bool(hello["isWritablePrimary"])
         return False
-
-    def wait_primary(self) -> None:
-        admin = self.client.admin
-        self.wait_ready(lambda: admin.command("hello").get("isWritablePrimary"))
-
-    @property
-    def uri(self) -> str:
-        return self.uri_through(self.port)
-
-    @staticmethod
-    def uri_through(port: int) -> str:
-        """Returns the URI that states the write concern, the same for receiver and peers.
-
-        directConnection, as the replica set would name its own port, past a proxy.
-        """
-        return (
-            f"mongodb://127.0.0.1:{port}/?directConnection=true&w=majority&journal=true"
-        )
-
-    def connect(self) -> pymongo.MongoClient[dict[str, Any]]:
-        """Returns a client with the write concern that the servers have."""
-        return pymongo.MongoClient(self.uri)
-
-    def stop(self) -> None:
-        """Its data folder is thrown away, so that nothing has to be flushed first."""
-        self.client.close()
-        self.kill()
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A server that can be started; ``{port}`` in the command is replaced."""
-
-    name: str
-    command: tuple[str, ...]
-
-
-def receiver_kind(path: Path) -> Kind:
-    return Kind(path.stem, (sys.executable, str(path)))
-
-
-def peer_kinds() -> list[Kind]:
-    plain = str(PEERS / "http_server.py")
-    gunicorn = (sys.executable, "-m", "gunicorn", "--chdir", str(PEERS), "--workers=2")
-    threads = ("--threads=8", "--keep-alive=60", "--bind=127.0.0.1:{port}")
-    uvicorn = (sys.executable, "-m", "uvicorn", "--app-dir", str(PEERS))
-    quiet = ("--no-access-log", "--log-level=warning", "--port={port}")
-    return [
-        Kind("http.server", (sys.executable, plain)),
-        Kind("http.server-buffered", (sys.executable, plain, "buffered")),
-        Kind("flask", (*gunicorn, *threads, "flask_app:app")),
-        Kind("fastapi", (*uvicorn, *quiet, "fastapi_app:app")),
-        Kind("fastify", ("node", str(PEERS / "fastify_app.js"))),
-        Kind("go", (str(GO_PEER),)),
-    ]
 
 
 class Server(Process):
-    """The receiver or a peer, with a database and a data folder of its own.
+    """The receiver or a peer, with a database and a data folder of its own."""
 
-    ``start_seconds`` is the time from its start to its first answer.
-    """
-
-    def __init__(self, kind: Kind, folder: Path, mongodb_uri: str) -> None:
-        super().__init__(kind.name, folder)
-        self.kind = kind
-        self.mongodb_uri = mongodb_uri
-        self.database = "bench" + uuid.uuid4().hex
-        self.data = folder / f"data-{self.database}"
-        self.start()
-
-    def start(self) -> None:
-        """Starts it, and waits until it refuses a request whose signature is wrong."""
-        began = time.monotonic()
-        self.spawn(
-            [part.format(port=self.port) for part in self.kind.command],
-            PORT=str(self.port),
-            MONGODB_URI=self.mongodb_uri,
-            MONGODB_DATABASE=self.database,
+    def __init__(self, name: str, folder: Path, mongod: Mongod) -> None:
+        super().__init__(name)
+        self.database = mongod.client["bench" + uuid.uuid4().hex]
+        self.start(
+            *COMMANDS[name],
+            MONGODB_URI=mongod.uri,
+            MONGODB_DATABASE=self.database.name,
             SEGMENT_SHARED_SECRET=SHARED_SECRET,
             SEGMENT_PUBLIC_SECRET=PUBLIC_SECRET,
-            RECEIVER_DATA_DIR=str(self.data),
-            NODE_PATH=str(NODE_MODULES),
+            RECEIVER_DATA_DIR=str(folder / self.database.name),
+            NODE_PATH=str(OUT / "node_modules"),
             NODE_ENV="production",
         )
-        self.wait_ready(self.refuses)
-        self.start_seconds = time.monotonic() - began
 
-    def refuses(self) -> bool:
-        headers = {"X-Signature": "0" * 40, "Content-Type": "application/json"}
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            status, payload = self.request("POST", PATH, b"{}", headers)
-            if status != 401:
-                raise RuntimeError(f"{self.name}: not 401 but {status} {payload!r}")
-            return True
-        return False
+    def ready(self) -> bool:
+        """It is once it refuses a signature that is wrong."""
+        return self.post(b"{}", "0" * 40) == 401
 
-    def request(
-        self,
-        method: str,
-        path: str,
-        body: bytes = b"",
-        headers: Mapping[str, str] = MappingProxyType({}),
-    ) -> tuple[int, bytes]:
-        """Sends a request on a connection of its own. Raises OSError, HTTPException."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        with contextlib.closing(connection):
-            connection.request(method, path, body, dict(headers))
-            answer = connection.getresponse()
-            return answer.status, answer.read()
+    def post(self, body: bytes, signature: str) -> int:
+        """Returns the answer's status, or 0 if none came."""
+        headers = {"Content-Type": "application/json", "X-Signature": signature}
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with suppress(OSError, http.client.HTTPException), closing(connection):
+            connection.request("POST", PATH, body, headers)
+            return connection.getresponse().status
+        return 0
 
-    def health(self) -> dict[str, Any]:
-        """Returns the receiver's counters; no peer has any."""
-        _, payload = self.request("GET", PATH.replace("/webhook", "/health"))
-        return dict(json.loads(payload))
+    def check(self, acknowledged: int, in_flight: int) -> None:
+        """Raises RuntimeError if acknowledged events are missing from MongoDB.
 
-
-class DelayProxy(Process):
-    """Passes bytes on to a port, each half a round trip later."""
-
-    def __init__(self, folder: Path, target: int, round_trip: float) -> None:
-        super().__init__("delay-proxy", folder)
-        script = str(BENCH / "delay_proxy.py")
-        arguments = (str(self.port), str(target), str(round_trip / 2))
-        self.spawn([sys.executable, script, *arguments])
-        self.wait_ready(self.listens)
-
-    def listens(self) -> bool:
-        with contextlib.suppress(OSError):
-            socket.create_connection(("127.0.0.1", self.port)).close()
-            return True
-        return False
+        Half a minute is for those that are spooled. What was in flight when wrk's time
+        was over, and so has no answer, may be stored as well.
+        """
+        count = self.database["events"].count_documents
+        with suppress(TimeoutError):
+            wait_until(lambda: count({}) >= acknowledged, "all are there")
+        before = -1
+        while before != (before := count({})):
+            time.sleep(0.25)
+        self.database.client.drop_database(self.database.name)
+        if not acknowledged <= before <= acknowledged + in_flight:
+            raise RuntimeError(f"{acknowledged} acknowledged, but {before} documents")

@@ -1,191 +1,168 @@
-"""Measures the receiver beside what people build with a framework.
+"""Measures the receiver beside what people build with a framework, on this machine.
 
-    python bench/run.py                    the comparison, about 10 minutes
-    python bench/run.py --all              and all small scenarios
-    python bench/run.py --quick            everything briefly, as a test of itself
-    python bench/run.py --single --latency 20 --receiver /tmp/another_receiver.py
+    python bench/run.py                    all figures of README.md, about 12 minutes
+    python bench/run.py --against HEAD~1   this receiver.py beside that revision's
+    python bench/run.py --only compare --peers go go-group-commit
 
-It needs wrk (apt install wrk), and for all peers node with npm, and go with
-golang-mongodb-mongo-driver-dev. The first run makes a virtual environment and more under
-bench/out/; results.json and throughput.png go there too.
+It needs wrk (apt install wrk), and for all peers npm, and go with
+golang-mongodb-mongo-driver-dev. What it makes for itself is in bench/out/.
 
-Every server writes to the same mongod, a single-node replica set with its data on this
-disk, and answers only when a majority has journaled the insert. Every round starts each
-server anew, warms it up, and lets wrk send distinct signed events over kept-alive
+Every server writes to the same mongod, a replica set of one with its data on this disk,
+and answers only when a majority has journaled the insert. Every round starts each server
+anew, warms it up for a second, and lets wrk send distinct signed events over kept-alive
 connections. Every answer's status is checked, and at the end the documents are counted:
-where one that was acknowledged is missing, there is no figure. A figure is the median over
-the rounds; a ratio is formed within each round first.
+where one that was acknowledged is missing, there is no figure. A figure is the median
+over the rounds; a ratio is formed within each round first.
 """
 
-from __future__ import annotations
-
 import argparse
-import contextlib
-import json
 import os
+import shlex
 import signal
+import statistics
+import subprocess
 import sys
 import tempfile
-import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import environment
 
-MOST_EVENTS_PER_SECOND = 25_000
-PEERS = ("http.server", "http.server-buffered", "flask", "fastapi", "fastify", "go")
-SCENARIOS = ("single", "batch", "latency", "spool", "memory")
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+SCENARIOS = ("batch", "spool", "memory")  # methods of Bench
+FIGURES: dict[Any, list[dict[str, float]]] = defaultdict(list)  # of a key in each round
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--rounds", type=int, default=3, help="rounds [default 3]")
-    add("--seconds", type=int, default=5, help="seconds a measurement [default 5]")
-    add("--warm-up", type=int, default=1, help="seconds before each [default 1]")
-    add("--connections", type=numbers, help="[default 1,32,128]")
-    add("--peers", default=",".join((*PEERS, "limit")), help="[default %(default)s]")
-    add("--over", default="", help="the table's ratios are to this one [fastify]")
-    add(
-        "--receiver",
-        *("-r",),
-        action="append",
-        type=Path,
-        help="measure this one, several in turn [default receiver.py]",
-    )
-    add("--compare", action="store_true", help="the comparison [default, if alone]")
-    add("--single", action="store_true", help="one connection against insert_one")
-    add("--batch", action="store_true", help="signed batches against insert_many")
-    add("--latency", type=float, metavar="MS", help="round trip to MongoDB, 20 say")
-    add("--spool", action="store_true", help="spooling and draining")
-    add("--memory", action="store_true", help="memory, and time to start")
-    add("--all", action="store_true", help="the comparison and all of these")
-    add(
-        "--quick",
-        action="store_true",
-        help="--all, a second each, 1 and 32 connections",
-    )
-    options = parser.parse_args()
-    if options.quick:
-        options.rounds, options.seconds, options.warm_up = 1, 1, 1
-    options.all |= options.quick
-    options.connections = options.connections or (
-        [1, 32] if options.quick else [1, 32, 128]
-    )
-    if options.all:
-        options.compare = options.single = options.batch = True
-        options.spool = options.memory = True
-        options.latency = options.latency or 20.0
-    if not any(getattr(options, name) for name in SCENARIOS):
-        options.compare = True
-    if min(options.rounds, options.seconds, *options.connections) < 1:
-        parser.error("rounds, seconds and connections are at least 1")
-    unknown = set(options.peers.split(",")) - {*PEERS, "limit", ""}
-    if unknown:
-        parser.error(f"no such peer: {', '.join(sorted(unknown))}")
-    return options
+    add("--rounds", type=int, default=3, help="[default 3]")
+    add("--seconds", type=int, default=4, help="of each measurement [default 4]")
+    add("--connections", type=int, nargs="+", default=[1, 32, 128], metavar="NUMBER")
+    add("--peers", nargs="*", metavar="PEER", help="[default all; none with --against]")
+    add("--against", metavar="REVISION_OR_PATH", help="another receiver.py")
+    everything = ("compare", *SCENARIOS)
+    add("--only", nargs="+", choices=everything, default=everything)
+    return parser.parse_args()
 
 
-def measure(options: argparse.Namespace) -> None:
+def other_receiver(against: str, folder: Path) -> Path:
+    """Returns that file, or that git revision's receiver.py as a file."""
+    path = Path(against).resolve()
+    if not path.is_file():
+        path = folder / "against.py"
+        show = ("git", "-C", environment.ROOT, "show", f"{against}:receiver.py")
+        path.write_bytes(subprocess.check_output(show))
+    return path
+
+
+def add(key: Any, measure: Callable[..., dict[str, float]], *of: Any) -> None:
+    """Measures once. A server may end, refuse or hang: then there are no figures."""
+    try:
+        figures = measure(*of)
+    except Exception as error:  # noqa: BLE001
+        figures = {}
+        print(f"{key}: no figure: {error!r}", file=sys.stderr)
+    FIGURES[key].append(figures)
+    print(
+        key, {what: f"{value:.4g}" for what, value in figures.items()}, file=sys.stderr
+    )
+
+
+def middle(key: Any, what: str, scale: float = 1) -> str:
+    if not all(FIGURES[key]):
+        return "–"
+    value = statistics.median(figures[what] for figures in FIGURES[key]) * scale
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def ratio(above: Any, below: Any) -> str:
+    """Returns the median ratio of events/s within a round, and its range."""
+    pairs = list(zip(FIGURES[above], FIGURES[below]))
+    if above == below or not all(a and b for a, b in pairs):
+        return ""
+    each = [a["per_second"] / b["per_second"] for a, b in pairs]
+    return f"{statistics.median(each):.2f} ({min(each):.2f}–{max(each):.2f})"
+
+
+def comparison(names: list[str], connections: list[int]) -> str:
+    """Returns the Markdown table of events/s and processor time, a row a server."""
+    last = connections[-1]
+    heads = [f"events/s (p50 / p99, ms), {count}" for count in connections]
+    heads += [f"receiver ÷ it, {count}" for count in connections]
+    heads += [f"CPU, µs/event, {last}", f"MongoDB's, {last}", f"peak MB, {last}"]
+    rows = []
+    for name in names:
+        row = [name]
+        for key in ((name, count) for count in connections):
+            latencies = middle(key, "p50", 1e3), middle(key, "p99", 1e3)
+            row.append(f"{middle(key, 'per_second')} ({' / '.join(latencies)})")
+        row += [ratio((names[0], count), (name, count)) for count in connections]
+        for what, scale in (("cpu", 1e6), ("mongod", 1e6), ("peak", 1)):
+            row.append(middle((name, last), what, scale))
+        rows.append(row)
+    return table(["connections:", *heads], rows)
+
+
+def others(names: list[str], scenarios: list[str]) -> str:
+    """Returns the Markdown table of the other figures, a column a receiver."""
+    rows = []
+    for scenario in scenarios:
+        keys = [(name, scenario) for name in names]
+        for what in max((one for key in keys for one in FIGURES[key]), key=len):
+            rows.append([what, *(middle(key, what) for key in keys)])
+    return table(["", *names], rows)
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def measure(options: argparse.Namespace, folder: Path) -> None:
     # These need the packages of the virtual environment.
     from load import Requests
-    from processes import Mongod, peer_kinds, receiver_kind
-    from report import Report
-    from scenarios import FAILURES, Bench
+    from processes import COMMANDS, Mongod
+    from scenarios import Bench
 
-    report = Report()
-    machine: dict[str, Any] = environment.machine()
-    receivers = [
-        receiver_kind(path.resolve())
-        for path in options.receiver or [environment.ROOT / "receiver.py"]
-    ]
-    missing = environment.missing_peers()
-    wanted = options.peers.split(",")
-    peers = [k for k in peer_kinds() if k.name in wanted and k.name not in missing]
-    for name, why in missing.items():
-        if options.compare and name in wanted:
-            report.note(f"peer {name} is left out: {why}")
-    names = [peer.name for peer in peers]
-    base = options.over or ("fastify" if "fastify" in names else receivers[0].name)
-
-    with contextlib.ExitStack() as stack:
-        folder = Path(
-            stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="work-", dir=environment.OUT)
-            )
-        )
-        mongod = stack.enter_context(Mongod(folder))
-        count = MOST_EVENTS_PER_SECOND * (options.seconds + options.warm_up)
-        requests = Requests(folder / "requests", count)
-        machine["mongod"] = mongod.client.server_info()["version"]
-        machine["load"] = f"{os.getloadavg()[0]:.1f} before the first round"
-        about = ", ".join(f"{name} {text}" for name, text in machine.items())
-        report.note(about)
-        report.note(
-            f"{requests.body_size} B events, {options.rounds} rounds of "
-            f"{options.seconds} s after {options.warm_up} s"
-        )
-        bench = Bench(
-            *(folder, mongod, requests, report),
-            *(options.rounds, options.seconds, options.warm_up),
-        )
-        if options.compare:
-            kinds = [*receivers, *peers]
-            bench.compare(kinds, options.connections, "limit" in wanted, base)
-            for kind in receivers:
-                bench.compare_ratios(kind.name, options.connections, names)
-        for kind in receivers:
-            for scenario in SCENARIOS:
-                if value := getattr(options, scenario):
-                    report.say("")
-                    extra = (value / 1e3,) if scenario == "latency" else ()
-                    try:
-                        getattr(bench, scenario)(kind, *extra)
-                    except FAILURES as error:
-                        report.note(f"--{scenario}, {kind.name}: {error}")
-        save(report, machine, options, about)
-
-
-def save(
-    report: Any, machine: dict[str, Any], options: argparse.Namespace, about: str
-) -> None:
-    results = environment.OUT / "results.json"
-    value = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "machine": machine,
-        "options": {name: str(value) for name, value in vars(options).items()},
-        **report.as_dict(),
-    }
-    results.write_text(json.dumps(value, indent=1) + "\n")
-    report.say(f"\n{results}")
-    if report.connections():
-        picture = environment.OUT / "throughput.png"
-        report.picture(picture, about)
-        report.say(str(picture))
-
-
-def leave(number: int, _frame: object) -> None:
-    """Ends the benchmark once; a second signal must not interrupt how it stops others."""
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
-    sys.exit(128 + number)
+    peers = [] if options.against else [*COMMANDS]
+    peers = peers if options.peers is None else options.peers
+    own = {"receiver": environment.ROOT / "receiver.py"}
+    if options.against:
+        own[f"receiver of {options.against}"] = other_receiver(options.against, folder)
+    COMMANDS.update({name: (sys.executable, own[name]) for name in own})
+    connections = options.connections if "compare" in options.only else []
+    scenarios = [name for name in SCENARIOS if name in options.only]
+    requests = Requests(folder / "requests", options.seconds + 1)
+    with Mongod(folder) as mongod:
+        bench = Bench(folder, mongod, requests, options.seconds)
+        for number in range(options.rounds):
+            # There and back, so that none always comes after the same one.
+            names = [*own, *peers][:: 1 if number % 2 == 0 else -1]
+            for count in connections:
+                for name in names:
+                    add((name, count), bench.throughput, name, count)
+            for scenario in scenarios:
+                for name in own:
+                    add((name, scenario), getattr(bench, scenario), name)
+        version = mongod.client.server_info()["version"]
+    print(f"\n{environment.describe()}, MongoDB {version};", end=" ")
+    print(f"{options.rounds} rounds of {options.seconds} s:")
+    print(f"`python bench/run.py {shlex.join(sys.argv[1:])}`\n")
+    print(comparison([*own, *peers], connections) if connections else "")
+    print(others([*own], scenarios) if scenarios else "")
 
 
 def main() -> None:
     options = parse_arguments()
-    signal.signal(signal.SIGTERM, leave)
-    signal.signal(signal.SIGINT, leave)
     if Path(sys.prefix) != environment.VENV:
         environment.prepare()
-        python = str(environment.PYTHON)
-        os.execv(python, [python, str(environment.BENCH / "run.py"), *sys.argv[1:]])
-    measure(options)
+        os.execv(environment.PYTHON, [str(environment.PYTHON), *sys.argv])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops what it started
+    with tempfile.TemporaryDirectory(prefix="work-", dir=environment.OUT) as folder:
+        measure(options, Path(folder))
 
 
 if __name__ == "__main__":

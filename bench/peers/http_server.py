@@ -1,14 +1,12 @@
 """Peer: http.server with one insert_one per request, the plain way to do it.
 
 It sends head and payload in two writes, as whoever follows the documentation: Nagle's
-algorithm holds the second one back until the client's delayed ACK, for 40 ms. With the
-argument "buffered" it sends both in one.
+algorithm holds the second one back until the client's delayed ACK, for 40 ms.
 """
 
 import hmac
 import json
 import os
-import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pymongo
@@ -20,7 +18,7 @@ collection = client[os.environ["MONGODB_DATABASE"]]["events"]
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    wbufsize = -1 if "buffered" in sys.argv else 0
+    log_message = lambda *_: None
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -40,13 +38,6 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(payload)
 
-    def log_message(self, *arguments):
-        pass
 
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 1024
-
-
-Server(("127.0.0.1", int(os.environ["PORT"])), Handler).serve_forever()
+ThreadingHTTPServer.request_queue_size = 1024
+ThreadingHTTPServer(("127.0.0.1", int(os.environ["PORT"])), Handler).serve_forever()
