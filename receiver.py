@@ -472,7 +472,7 @@ PIECE_BYTES_PER_SECOND = 60_000
 BATCH_SECONDS = 0.005
 MAX_IN_FLIGHT = 4
 MAX_BATCH_EVENTS = 1000
-MAX_BATCH_BYTES = 16 * MIB
+MAX_BATCH_BYTES = 4 * MIB  # pymongo makes copies
 MAX_WAITING_EVENTS = 20_000
 DUPLICATE_KEY = 11000  # MongoDB's error code
 REFUSED = ".refused.bson"  # how the names of files end that rest
@@ -854,7 +854,8 @@ class Storage:
     def _send(self) -> None:
         """Sends what waits: at once if nothing is in flight, else a moment after it."""
         self._sending = None
-        while self._queue and len(self._in_flight) < MAX_IN_FLIGHT:
+        most = MAX_IN_FLIGHT if self.up else 1  # the disk has one thread
+        while self._queue and len(self._in_flight) < most:
             now = self._loop.time()
             if self._in_flight and now < self._next_batch:
                 self._sending = self._loop.call_at(self._next_batch, self._send)
@@ -1067,7 +1068,7 @@ FIELD = re.compile(r"([^:\r]+):([^\r]*)(?:\r\n|\Z)")
 HOST = re.compile(f"(?:{AUTHORITY})?")
 CONTENT_LENGTH = re.compile("[0-9]{1,19}")
 METHOD_START = re.compile(TOKEN.encode())
-END_OF_HEAD = re.compile(rb"\r?\n\r?\n")  # with LF alone it is malformed, and ends
+BARE_LF_AT_END = re.compile(rb"\n\r?\n")  # where no CRLF CRLF is
 SIGNATURE = re.compile("[0-9a-f]{40}")
 MAX_TARGET_BYTES = 8 * KIB
 MAX_HEAD_BYTES = 32 * KIB
@@ -1231,9 +1232,11 @@ class Connection(BaseHTTPRequestHandler):
         self.buffer = self.buffer.removeprefix(b"\r\n")  # RFC 9112 section 2.2
         self.enter(HEAD_SECONDS, INCOMPLETE)
         searched = 0  # a head that comes byte by byte must not cost its length squared
-        while not (end := END_OF_HEAD.search(self.buffer, max(searched - 3, 0))):
+        while (end := self.buffer.find(b"\r\n\r\n", max(searched - 3, 0))) < 0:
             if not METHOD_START.match(self.buffer):  # a TLS client waits for an answer
                 raise Refused(400, "malformed HTTP: request line")
+            if BARE_LF_AT_END.search(self.buffer, max(searched - 3, 0)):
+                raise Refused(400, "malformed HTTP: bare LF")
             if len(self.buffer) > MAX_HEAD_BYTES + 3:  # its end may have come in part
                 has_target = b"\r\n" in self.buffer[: MAX_TARGET_BYTES + 64]
                 what = "head too large" if has_target else "target too long"
@@ -1241,9 +1244,7 @@ class Connection(BaseHTTPRequestHandler):
             searched = len(self.buffer)
             self.buffer += await self.receive()
         self.enter(ANSWER_SECONDS, LATE, busy=True)
-        head, self.buffer = self.buffer[: end.start()], self.buffer[end.end() :]
-        if end[0] != b"\r\n\r\n":
-            raise Refused(400, "malformed HTTP: bare LF")
+        head, self.buffer = self.buffer[:end], self.buffer[end + 4 :]
         self.parse_head(head.decode("latin-1"))
         return True
 
@@ -1308,7 +1309,7 @@ class Connection(BaseHTTPRequestHandler):
         self.send_header("Date", self.server.date)
         self.send_header("Content-Length", str(len(payload)))
         for name, text in ({"Content-Type": "application/json"} | headers).items():
-            self.send_header(name.replace("_", "-"), text)
+            self.send_header(name, text)
         if self.close_connection:
             self.send_header("Connection", "close")
         elif self.request_version == "HTTP/1.0":
@@ -1629,7 +1630,7 @@ class Server:
         """Counts what has come of a body; too much ends the one that began first."""
         self._held += size - handler.held
         handler.held = size
-        while self._held > MAX_BODIES_BYTES:
+        while self._held > max(MAX_BODIES_BYTES, self.settings.max_body_bytes):
             reading = [each for each in self._handlers if each.held and not each.busy]
             first = min(reading, key=lambda each: each.began)
             self.release(first)
