@@ -1086,7 +1086,7 @@ LOOK_SECONDS = 0.25
 GRACE_SECONDS = 1.0  # so long after it came or was answered a connection makes no room
 READ_BYTES = 64 * KIB
 SMALL_BODY_BYTES = 64 * KIB  # a larger one is worked on in a thread
-MAX_BODIES_BYTES = 64 * MIB  # of all bodies that have come in part
+MAX_BODIES_BYTES = 32 * MIB  # of all bodies that have come in part
 SPARE_FILES = 30  # descriptors for MongoDB, the disk, the log
 
 # What is answered to who is ended; not raised, since that would pile up tracebacks.
