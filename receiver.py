@@ -13,8 +13,6 @@ In a hurry? ``Handler.do_POST`` in section 5, then what it calls (``authenticate
 ``parse_events``, ``Storage.store``, ``insert``) is the whole integration; the rest is
 what makes it last. One thread, asyncio's, owns all state, so nothing is locked; what
 blocks (pymongo, the disk, the log) has threads of its own.
-
-Run ``python receiver.py`` and follow what it prints; README.md explains the rest.
 """
 
 from __future__ import annotations
@@ -33,6 +31,7 @@ import ipaddress
 import json
 import logging
 import logging.handlers
+import math
 import os
 import queue
 import re
@@ -81,15 +80,12 @@ RANGES = {
     "max_connections": (1, 100_000),
     "max_spool_bytes": (0, GIB**2),
 }
-SECRETS_HELP = """\
-Secrets come from the environment, or from a file in $CREDENTIALS_DIRECTORY (systemd),
-never from the command line, which every user of the machine can read:
-  SEGMENT_SHARED_SECRET, segment_shared_secret
-      keys Segment's signature (without it: a demo with a secret that is made up)
-  SEGMENT_PUBLIC_SECRET, segment_public_secret
-      ?secret=... of the webhook's URL (without it the query is not checked)
-  MONGODB_URI, mongodb_uri
-      as --mongodb-uri, which takes no password
+SECRETS = """\
+Secrets come from the environment or, in small letters, as a file's name, from
+$CREDENTIALS_DIRECTORY (systemd), never from the command line, which everybody can read:
+  SEGMENT_SHARED_SECRET  keys Segment's signature; without it this is a demo
+  SEGMENT_PUBLIC_SECRET  ?secret=... of the webhook's URL; without it none is asked for
+  MONGODB_URI            as --mongodb-uri, which takes no password
 Several Segment secrets, separated by white space, are all accepted, for rotation.
 MONGOD names the mongod to start; else PATH and requirements.txt's packages have one."""
 
@@ -168,7 +164,7 @@ def parse_flags(options: Iterable[Any], arguments: Sequence[str]) -> dict[str, A
     parser = OneLineParser(
         prog="receiver.py",
         description="Stores every event that Segment's webhooks bring in MongoDB.",
-        epilog=SECRETS_HELP,
+        epilog=SECRETS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -177,13 +173,13 @@ def parse_flags(options: Iterable[Any], arguments: Sequence[str]) -> dict[str, A
     parser.add_argument("--demo", action="store_true", default=False, help=about)
     about = "test the settings, MongoDB and the spool, then exit"
     parser.add_argument("--check", action="store_true", default=False, help=about)
+    switch: dict[str, Any] = {"nargs": "?", "const": "yes", "metavar": "no"}
     for option in options:
-        flag = "--" + option.name.replace("_", "-")
         where = ", else ".join(option.metadata["names"])
         default = f"; default {option.default}" if option.default else ""
         about = f"{option.metadata['help']} [{where}{default}]"
-        switch: dict[str, Any] = {"nargs": "?", "const": "yes", "metavar": "no"}
-        parser.add_argument(flag, help=about, **switch if option.type == "bool" else {})
+        more = switch if option.type == "bool" else {}
+        parser.add_argument("--" + option.name.replace("_", "-"), help=about, **more)
     values = vars(parser.parse_args(arguments))
     if re.search("//[^/@]*:[^/@]*@", values.get("mongodb_uri", "")):
         why = "the process list would show its password"
@@ -226,16 +222,17 @@ def secret(variable: str, environment: Mapping[str, str]) -> str:
     Raises SettingsError for one that is there and cannot be used.
     """
     source, text = variable, environment.get(variable)
-    path = Path(environment.get("CREDENTIALS_DIRECTORY", "/nowhere"), variable.lower())
-    if text is None:
-        source = f"credential {path.name}"
+    folder = environment.get("CREDENTIALS_DIRECTORY")
+    if text is None and folder:
+        source = f"credential {variable.lower()}"
         try:
-            text = os.fsdecode(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
+            text = os.fsdecode(Path(folder, variable.lower()).read_bytes())
+        except FileNotFoundError:
             return ""
         except OSError as error:
             raise SettingsError(f"{source}: {error.strerror}") from None
-    return usable(source, " ".join(text.split()))  # what separates may be line ends
+    # What separates secrets may be line ends.
+    return "" if text is None else usable(source, " ".join(text.split()))
 
 
 def is_loopback(host: str) -> bool:
@@ -299,8 +296,7 @@ def authenticate(body: bytes, signature: str, settings: Settings) -> bool:
     keys = settings.shared_secrets
     if verify(body, signature, keys):
         return False
-    if not body.startswith(b"["):
-        raise Refused(401, "X-Signature does not match the body")
+    reason = "X-Signature does not match the body"
     for before, after in ((b"[", b"]"), (b'[{"json":', b"}]")):
         if body.startswith(before):
             start = len(before)
@@ -308,8 +304,7 @@ def authenticate(body: bytes, signature: str, settings: Settings) -> bool:
             first = first_event(body, start) if settings.trust_batches else b""
             if any(event and verify(event, signature, keys) for event in (only, first)):
                 return start > 1
-    reason = "X-Signature does not match the body"
-    if not settings.trust_batches:
+    if body.startswith(b"[") and not settings.trust_batches:
         reason += ": of a batch Segment signs the first event only: turn batching off, "
         reason += "or set SEGMENT_TRUST_BATCHES=1"
     raise Refused(401, reason)
@@ -332,7 +327,7 @@ def integer(digits: str) -> int | float:
 
 
 def not_json(constant: str) -> NoReturn:
-    raise Refused(400, f"not JSON: {constant} is not JSON")
+    raise Refused(400, f"not JSON: {constant}")
 
 
 # json.loads would guess UTF-16 and take NaN; int() refuses more than 4300 digits.
@@ -376,17 +371,17 @@ def parse_events(body: bytes, wrapped: bool) -> Events:
         events = [each["json"] for each in events]
     if not all(isinstance(event, dict) for event in events):
         raise Refused(400, "neither a JSON object nor an array of objects")
-    parsed = Events(is_batch, [], [])
+    documents, faults = [], []
     for index, event in enumerate(events):
         try:
-            parsed.documents.append(to_document(event))
+            documents.append(to_document(event))
         except Refused as refused:
-            if len(events) == 1:
-                raise
-            parsed.faults.append(f"{refused.reason} (event {index})")
-    if parsed.faults and not parsed.documents:
-        raise Refused(422, "\n".join(parsed.faults))
-    return parsed
+            faults.append(
+                f"{refused.reason} (event {index})" if is_batch else refused.reason
+            )
+    if faults and not documents:
+        raise Refused(422, "\n".join(faults))
+    return Events(is_batch, documents, faults)
 
 
 def depth(value: Any) -> int:
@@ -461,7 +456,6 @@ def without_lone_surrogates(value: Any) -> Any:
 INSERT_SECONDS = 1.8  # an event waits for the insert before its own, and for its own
 RETRY_SECONDS = 1.0  # between two rounds of the spool
 REFUSED_SECONDS = 30.0  # a file of refused documents rests so long after its last try
-WEDGED_SECONDS = 20.0  # a batch that takes longer stops the watchdog's feed
 # A piece of the spool, and the time that it may take: so much, and more for its bytes.
 PIECE_BYTES = MIB
 PIECE_SECONDS = 5.0
@@ -477,6 +471,7 @@ MAX_WAITING_EVENTS = 20_000
 DUPLICATE_KEY = 11000  # MongoDB's error code
 REFUSED = ".refused.bson"  # how the names of files end that rest
 AS_STORED = CodecOptions(document_class=RawBSONDocument)  # nothing is converted
+Batch = list[tuple[list[bytes], asyncio.Future[list[str]]]]  # documents, their results
 
 
 def open_collection(settings: Settings) -> Any:
@@ -641,26 +636,25 @@ class Disk:
             raise
         sync_folder(path.parent)
 
-    def put(self, documents: Iterable[bytes], suffix: str, has_limit: bool) -> None:
+    def put(self, documents: Iterable[bytes], suffix: str, most: float) -> None:
         """Writes documents to a new file of the spool: a dump, as mongorestore reads."""
         data = b"".join(documents)
-        if has_limit:
-            self.require_room(len(data))
+        self.require_room(len(data), most)
         # After a crash, or with a wrong clock, a time alone could be there already.
         name = f"{time.time_ns():020d}-{secrets.token_hex(4)}{suffix}"
         self.write(self.spool / name, data)
         self.files += 1
         self.bytes += len(data)
 
-    def require_room(self, size: int) -> None:
-        if self.bytes + size > self.max_bytes:
+    def require_room(self, size: int, most: float) -> None:
+        if self.bytes + size > most:
             self.scan()  # somebody may have made room
-        if self.bytes + size > self.max_bytes:
-            raise OSError(errno.EDQUOT, f"limit of {self.max_bytes} bytes reached")
+        if self.bytes + size > most:
+            raise OSError(errno.EDQUOT, f"limit of {most} bytes reached")
 
     def probe(self, size: int) -> None:
         """Finds out whether an event of that many bytes could be written."""
-        self.require_room(size)
+        self.require_room(size, self.max_bytes)
         self.write(self.spool / ".tmp-probe", bytes(size))
         os.unlink(self.spool / ".tmp-probe")
 
@@ -668,11 +662,8 @@ class Disk:
         """Returns the spool's files with the time of their last change, oldest first."""
         self.spool.mkdir(mode=0o700, exist_ok=True)
         with os.scandir(self.spool) as entries:
-            found = {
-                entry.name: entry.stat()
-                for entry in entries
-                if entry.name[0] != "." and entry.is_file(follow_symlinks=False)
-            }
+            files = (each for each in entries if each.is_file(follow_symlinks=False))
+            found = {each.name: each.stat() for each in files if each.name[0] != "."}
         self.files = len(found)
         self.bytes = sum(status.st_size for status in found.values())
         return {name: found[name].st_mtime for name in sorted(found)}
@@ -748,13 +739,6 @@ def sync_folder(path: Path) -> None:
             os.close(descriptor)
 
 
-class Submission(NamedTuple):
-    """One request's documents on their way, and the results that it waits for."""
-
-    documents: list[bytes]
-    results: asyncio.Future[list[str]]
-
-
 @dataclasses.dataclass
 class Progress:
     """How far a file of the spool has been delivered, and how its next piece is tried."""
@@ -786,9 +770,9 @@ class Storage:
         self._loop = asyncio.get_running_loop()
         self._mongodb = ThreadPoolExecutor(MAX_IN_FLIGHT + 2)  # and the spool, the demo
         self._disk = ThreadPoolExecutor(1)
-        self._queue: deque[Submission] = deque()
+        self._queue: deque[tuple[list[bytes], asyncio.Future[list[str]]]] = deque()
         self._waiting = 0  # events in the queue or in flight
-        self._in_flight: dict[asyncio.Task[None], float] = {}  # since when
+        self._in_flight: set[asyncio.Task[None]] = set()
         self._next_batch = 0.0  # when another may be sent beside them
         self._sending: asyncio.Handle | None = None
         self._progress: dict[str, Progress] = {}
@@ -815,12 +799,12 @@ class Storage:
             return []
         if self._waiting and self._waiting + len(documents) > MAX_WAITING_EVENTS:
             raise Refused(503, "too many events in flight")
-        submission = Submission(documents, self._loop.create_future())
+        results: asyncio.Future[list[str]] = self._loop.create_future()
         self._waiting += len(documents)
-        self._queue.append(submission)
+        self._queue.append((documents, results))
         if not self._sending:  # after all that came in this turn of the loop
             self._sending = self._loop.call_soon(self._send)
-        return await submission.results
+        return await results
 
     async def keep(self, body: bytes, reason: str, events: int = 1) -> None:
         """Keeps a body that can be no document. Raises Refused (503) if it cannot."""
@@ -843,12 +827,6 @@ class Storage:
         topology = self.collection.database.client.topology_description
         return self.up and topology.has_writable_server()
 
-    @property
-    def wedged(self) -> bool:
-        """Whether a batch has been in flight for too long."""
-        now = self._loop.time()
-        return now - min(self._in_flight.values(), default=now) > WEDGED_SECONDS
-
     # Group commit
 
     def _send(self) -> None:
@@ -861,17 +839,17 @@ class Storage:
                 self._sending = self._loop.call_at(self._next_batch, self._send)
                 return
             self._next_batch = now + BATCH_SECONDS
-            batch: list[Submission] = []
+            batch: Batch = []
             events = size = 0
             while self._queue and events < MAX_BATCH_EVENTS and size < MAX_BATCH_BYTES:
                 batch.append(self._queue.popleft())
-                events += len(batch[-1].documents)
-                size += sum(map(len, batch[-1].documents))
-            self._in_flight[self._loop.create_task(self._commit(batch))] = now
+                events += len(batch[-1][0])
+                size += sum(map(len, batch[-1][0]))
+            self._in_flight.add(self._loop.create_task(self._commit(batch)))
 
-    async def _commit(self, batch: list[Submission]) -> None:
+    async def _commit(self, batch: Batch) -> None:
         """Stores a batch, or spools it, and gives each of its senders the results."""
-        documents = [each for submission in batch for each in submission.documents]
+        documents = [document for sent, _ in batch for document in sent]
         results = ["lost"] * len(documents)
         try:
             results = await self._store_or_spool(documents)
@@ -879,8 +857,8 @@ class Storage:
             log.exception("internal error")
         self._waiting -= len(documents)
         remaining = iter(results)
-        for submitted, future in batch:
-            part = [next(remaining) for _ in submitted]
+        for sent, future in batch:
+            part = [next(remaining) for _ in sent]
             if future.done():  # its sender did not wait
                 continue
             if "lost" in part:
@@ -888,7 +866,7 @@ class Storage:
                 future.set_exception(Refused(503, reason))
             else:
                 future.set_result(part)
-        self._in_flight.pop(asyncio.current_task())  # type: ignore[arg-type]
+        self._in_flight.remove(asyncio.current_task())  # type: ignore[arg-type]
         if self._sending:
             self._sending.cancel()
         self._send()
@@ -902,19 +880,25 @@ class Storage:
                 suffix = REFUSED
                 self._came_up()
             except Exception as error:  # noqa: BLE001, whatever it is, the events wait
-                self._went_down(error)
+                self.up = False
+                if not self._outage_said:
+                    self._outage_said = True
+                    message = (
+                        "MongoDB cannot take events, they go to %s until it can: %s"
+                    )
+                    log.error(message, self.disk.spool, describe(error))
         left = [each for each, result in zip(documents, results) if result == "refused"]
-        became, size = "spooled", 0
+        became, failing = "spooled", 0
         if left:
             try:
-                await self.on_disk(self.disk.put, left, suffix, True)
+                await self.on_disk(self.disk.put, left, suffix, self.disk.max_bytes)
                 self.counters["spooled"] += len(left)
                 self.counters["refused"] += len(left) if suffix == REFUSED else 0
             except OSError as error:
                 message = "events are answered 503: %s: %s"
                 log.warning(message, self.disk.spool, error.strerror)
-                became, size = "lost", sum(map(len, left))
-        self.failing = size
+                became, failing = "lost", sum(map(len, left))
+        self.failing = failing
         return [became if result == "refused" else result for result in results]
 
     async def _insert(self, documents: Sequence[bytes], seconds: float) -> list[str]:
@@ -927,13 +911,6 @@ class Storage:
             message = "MongoDB refuses events, they wait in %s: code %d, %s"
             log.warning(message, self.disk.spool, code, said)
         return results
-
-    def _went_down(self, error: Exception) -> None:
-        self.up = False
-        if not self._outage_said:
-            self._outage_said = True
-            message = "MongoDB cannot take events, they go to %s until it can: %s"
-            log.error(message, self.disk.spool, describe(error))
 
     def _came_up(self) -> None:
         """An insert was answered as fast as a fresh event needs it."""
@@ -965,8 +942,8 @@ class Storage:
             if self.failing:
                 await self.on_disk(self.disk.probe, self.failing)
                 self.failing = 0
-        progress = self._progress.items()
-        self._progress = {name: each for name, each in progress if name in found}
+        for name in self._progress.keys() - found:
+            del self._progress[name]
         now, after = time.time(), self._after
         due = [
             (name.endswith(REFUSED), name <= after, name)
@@ -1003,7 +980,7 @@ class Storage:
                     await self.on_disk(os.utime, self.disk.spool / name)
                     return True
                 if left:
-                    await self.on_disk(self.disk.put, left, REFUSED, False)
+                    await self.on_disk(self.disk.put, left, REFUSED, math.inf)
                     self.counters["refused"] += 0 if again else len(left)
                 progress.offset = end
             await self.on_disk(self.disk.remove, name)
@@ -1104,9 +1081,7 @@ def parse_fields(lines: str) -> dict[str, str]:
     for name, value in FIELD.findall(lines):
         name, value = name.lower(), value.strip(" \t")
         if name in fields:
-            if name in ("host", "content-length"):
-                raise Refused(400, "malformed HTTP: repeated Host or Content-Length")
-            value = f"{fields[name]}, {value}"
+            value = f"{fields[name]}, {value}"  # which no Host or Content-Length can be
         fields[name] = value
     if not CONTENT_LENGTH.fullmatch(fields.get("content-length", "0")):
         raise Refused(400, "malformed HTTP: Content-Length")
@@ -1657,10 +1632,9 @@ class Server:
             suspects = late
             self.date = formatdate(usegmt=True)
             mongod.report_end()
-            if not self.storage.wedged:
-                counts, up = self.storage.counters, "up" if self.storage.up else "down"
-                status = f"{counts['stored']} stored, {counts['spooled']} spooled"
-                notify(f"WATCHDOG=1\nSTATUS={status}, MongoDB {up}")
+            counts, up = self.storage.counters, "up" if self.storage.up else "down"
+            status = f"{counts['stored']} stored, {counts['spooled']} spooled"
+            notify(f"WATCHDOG=1\nSTATUS={status}, MongoDB {up}")
 
     def show(self, results: Sequence[str], documents: Sequence[Document]) -> None:
         """Lets somebody who watches a terminal see each event land."""
@@ -1719,26 +1693,18 @@ class PatientLog(logging.handlers.QueueHandler):
 
 
 class Once(logging.Filter):
-    """Drops a warning that was logged lately, and says later how often it came."""
+    """Drops a warning that was logged lately: an outage is said once, a flood too."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[str, tuple[float, int]] = {}  # text: when logged, dropped since
+    logged: ClassVar[dict[str, float]] = {}  # when
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno != logging.WARNING:
-            return True
         text, now = record.getMessage(), time.monotonic()
-        since, dropped = self.seen.get(text, (-QUIET_SECONDS, 0))
-        if now - since < QUIET_SECONDS:
-            self.seen[text] = (since, dropped + 1)
-            return False
-        if len(self.seen) > MAX_LOG_RECORDS:
-            self.seen.clear()
-        self.seen[text] = (now, 0)
-        if dropped:
-            record.msg, record.args = f"{text} ({dropped} times since it was said)", ()
-        return True
+        is_new = now - self.logged.get(text, -QUIET_SECONDS) >= QUIET_SECONDS
+        if is_new and record.levelno == logging.WARNING:
+            if len(self.logged) > MAX_LOG_RECORDS:
+                self.logged.clear()
+            self.logged[text] = now
+        return is_new
 
 
 def start_log() -> queue.Queue[Any]:
@@ -1794,11 +1760,8 @@ def open_listener(settings: Settings) -> tuple[socket.socket, str]:
     address = listener.getsockname()
     if not isinstance(address, tuple):
         return listener, f"unix:{address}"
-    host, port = address[:2]
-    return (
-        listener,
-        f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
-    )
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return listener, f"http://{host}:{address[1]}"
 
 
 def find_mongod() -> str | None:
@@ -1825,9 +1788,8 @@ class EmbeddedMongoDB:
         if await self.ask("ping"):
             with contextlib.suppress(OSError, ValueError):
                 pid = int((self.folder / "mongod.lock").read_text())
-                self._pid = (
-                    pid if (await self.ask("serverStatus")).get("pid") == pid else 0
-                )
+                status = await self.ask("serverStatus")
+                self._pid = pid if status.get("pid") == pid else 0
             whose = "of a receiver that was killed" if self._pid else "which was there"
             log.info("uses the MongoDB on %s, %s", LOCAL_MONGODB, whose)
         elif why := await self._start():
@@ -1879,14 +1841,13 @@ class EmbeddedMongoDB:
             words.seek(0)
             said = words.read(500).decode(errors="replace").strip()
         self._pid, status = 0, self._process.returncode
+        reason = said or (f"see {record}" if record.exists() else "no reason given")
         why = {
             48: f"{LOCAL_MONGODB} is taken",
             62: f"{self.folder} was written by another version of MongoDB",
             100: f"{self.folder} is in use or cannot be written",
             -signal.SIGILL: "MongoDB 5 and newer need a processor with AVX",
-        }.get(
-            status, said or (f"see {record}" if record.exists() else "no reason given")
-        )
+        }.get(status, reason)
         return f"{binary} ended with status {status}: {why}"
 
     def report_end(self) -> None:
@@ -1940,9 +1901,8 @@ def welcome(settings: Settings, url: str, made_up: bool) -> str:
     public = quote(settings.events_secrets[0], safe="")
     if not made_up:
         # A secret of the user's own is not printed; one made up for /events has to be.
-        return (
-            f"demo page: {url}/{'' if settings.public_secrets else f'#public={public}'}"
-        )
+        fragment = "" if settings.public_secrets else f"#public={public}"
+        return f"demo page: {url}/{fragment}"
     shared = settings.shared_secrets[0].decode()
     return f"""
 No SEGMENT_SHARED_SECRET is set, so this is a demo with secrets that are made up.
