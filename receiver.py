@@ -456,6 +456,7 @@ def without_lone_surrogates(value: Any) -> Any:
 INSERT_SECONDS = 1.8  # an event waits for the insert before its own, and for its own
 RETRY_SECONDS = 1.0  # between two rounds of the spool
 REFUSED_SECONDS = 30.0  # a file of refused documents rests so long after its last try
+WEDGED_SECONDS = 20.0  # a batch that takes longer stops the watchdog's feed
 # A piece of the spool, and the time that it may take: so much, and more for its bytes.
 PIECE_BYTES = MIB
 PIECE_SECONDS = 5.0
@@ -772,7 +773,7 @@ class Storage:
         self._disk = ThreadPoolExecutor(1)
         self._queue: deque[tuple[list[bytes], asyncio.Future[list[str]]]] = deque()
         self._waiting = 0  # events in the queue or in flight
-        self._in_flight: set[asyncio.Task[None]] = set()
+        self._in_flight: dict[asyncio.Task[None], float] = {}  # since when
         self._next_batch = 0.0  # when another may be sent beside them
         self._sending: asyncio.Handle | None = None
         self._progress: dict[str, Progress] = {}
@@ -827,6 +828,12 @@ class Storage:
         topology = self.collection.database.client.topology_description
         return self.up and topology.has_writable_server()
 
+    @property
+    def wedged(self) -> bool:
+        """Whether a batch has been in flight for too long."""
+        now = self._loop.time()
+        return now - min(self._in_flight.values(), default=now) > WEDGED_SECONDS
+
     # Group commit
 
     def _send(self) -> None:
@@ -845,7 +852,7 @@ class Storage:
                 batch.append(self._queue.popleft())
                 events += len(batch[-1][0])
                 size += sum(map(len, batch[-1][0]))
-            self._in_flight.add(self._loop.create_task(self._commit(batch)))
+            self._in_flight[self._loop.create_task(self._commit(batch))] = now
 
     async def _commit(self, batch: Batch) -> None:
         """Stores a batch, or spools it, and gives each of its senders the results."""
@@ -866,7 +873,7 @@ class Storage:
                 future.set_exception(Refused(503, reason))
             else:
                 future.set_result(part)
-        self._in_flight.remove(asyncio.current_task())  # type: ignore[arg-type]
+        self._in_flight.pop(asyncio.current_task())  # type: ignore[arg-type]
         if self._sending:
             self._sending.cancel()
         self._send()
@@ -1632,9 +1639,10 @@ class Server:
             suspects = late
             self.date = formatdate(usegmt=True)
             mongod.report_end()
-            counts, up = self.storage.counters, "up" if self.storage.up else "down"
-            status = f"{counts['stored']} stored, {counts['spooled']} spooled"
-            notify(f"WATCHDOG=1\nSTATUS={status}, MongoDB {up}")
+            if not self.storage.wedged:
+                counts, up = self.storage.counters, "up" if self.storage.up else "down"
+                status = f"{counts['stored']} stored, {counts['spooled']} spooled"
+                notify(f"WATCHDOG=1\nSTATUS={status}, MongoDB {up}")
 
     def show(self, results: Sequence[str], documents: Sequence[Document]) -> None:
         """Lets somebody who watches a terminal see each event land."""
