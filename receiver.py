@@ -872,6 +872,10 @@ class Storage:
         except Exception:
             log.exception("internal error")
         self._waiting -= len(documents)
+        self._in_flight.pop(asyncio.current_task())  # type: ignore[arg-type]
+        if self._sending:
+            self._sending.cancel()
+        self._send()  # first, so that MongoDB works while these are answered
         remaining = iter(results)
         for sent, future in batch:
             part = [next(remaining) for _ in sent]
@@ -882,10 +886,6 @@ class Storage:
                 future.set_exception(Refused(503, reason))
             else:
                 future.set_result(part)
-        self._in_flight.pop(asyncio.current_task())  # type: ignore[arg-type]
-        if self._sending:
-            self._sending.cancel()
-        self._send()
 
     async def _store_or_spool(self, documents: list[bytes]) -> list[str]:
         """Returns "stored", "duplicate", "spooled" or "lost" for each."""
