@@ -14,6 +14,7 @@ import hashlib
 import hmac
 import http.client
 import inspect
+import itertools
 import json
 import os
 import random
@@ -986,6 +987,833 @@ def test_segments_destinations_are_understood(start: Start, trusting: bool) -> N
     assert [list(stored[e["messageId"]]) for e in sent] == [["_id", *e] for e in sent]
 
 
+# --- Storage: group commit ----------------------------------------------------------------
+
+Start = Callable[..., Receiver]
+Nodes = Callable[..., list[Mongod]]
+# Less patience, so that a test sees in a second what takes half a minute in earnest.
+QUICK = {"RETRY_SECONDS": 0.05, "REFUSED_SECONDS": 0.2}
+
+
+def inserts(mongod: Mongod) -> int:
+    """Returns how many insert commands a MongoDB has been sent so far."""
+    status = mongod.client.admin.command("serverStatus")
+    return int(status["metrics"]["commands"]["insert"]["total"])
+
+
+def spooled(receiver: Receiver, pattern: str = "*.bson") -> list[dict[str, Any]]:
+    """Returns the documents that wait in spool/, which hold no file that is being made."""
+    files = sorted((receiver.data / "spool").glob(pattern))
+    return [doc for path in files for doc in bson.decode_all(path.read_bytes())]
+
+
+def lay(receiver: Receiver, name: str, *documents: Any) -> Path:
+    """Lays a dump of documents, or the bytes of some, into spool/ as an operator does."""
+    data = [d if isinstance(d, bytes) else bson.encode(d) for d in documents]
+    path = receiver.data / name
+    path.write_bytes(b"".join(data))
+    return path.rename(receiver.data / "spool" / name)
+
+
+def wait_until_delivered(receiver: Receiver, seconds: float = 30) -> None:
+    spool = receiver.data / "spool"
+
+    def is_empty() -> bool:
+        return not (any(spool.glob("[!.]*")) or receiver.health()["spool_files"])
+
+    wait_until(is_empty, seconds)
+
+
+def stored_by_id(receiver: Receiver) -> dict[Any, dict[str, Any]]:
+    return {event.pop("_id"): event for event in receiver.events().find()}
+
+
+FORBIDDEN = {"validator": {"forbidden": {"$exists": False}}}
+
+
+@concurrently
+def test_a_bad_event_fails_alone_in_its_batch(start: Start, own_mongod: Mongod) -> None:
+    receiver = start(uri=own_mongod.uri, command=hurried(**QUICK))
+    database = own_mongod.client[receiver.database]
+    database.create_collection("events", **FORBIDDEN)
+    sent = [track() for _ in range(31)]
+    bad = track(messageId="bad", forbidden="ada@example.com")
+    before = inserts(own_mongod)
+    own_mongod.process.send_signal(signal.SIGSTOP)  # so that all of them gather
+    threading.Timer(0.3, own_mongod.process.send_signal, [signal.SIGCONT]).start()
+    answers = together(*[lambda e=event: receiver.post(e) for event in (*sent, bad)])
+    assert [answer.status for answer in answers] == [200] * 31 + [202]
+    assert inserts(own_mongod) - before < 10
+    # It waits by itself, and is in nobody's way.
+    health = receiver.health()
+    assert (health["status"], health["mongodb"]) == ("ok", "up")
+    assert (health["refused"], health["spool_files"]) == (1, 1)
+    assert [event["messageId"] for event in spooled(receiver)] == ["bad"]
+    assert "121" in receiver.log and "Document failed validation" in receiver.log
+    assert "ada@" not in receiver.log and "bad" not in receiver.log
+    # Of ten that are the same one is stored.
+    sent.append(track())
+    answers = together(*[lambda: receiver.post(sent[-1])] * 10)
+    assert {answer.json["insertedId"] for answer in answers} == {sent[-1]["messageId"]}
+    assert sum("duplicate" not in answer.json for answer in answers) == 1
+    database.command("collMod", "events", validator={})
+    wait_until_delivered(receiver)
+    assert stored_by_id(receiver) == {e["messageId"]: e for e in (*sent, bad)}
+
+
+@concurrently
+def test_writes_are_majority_and_journaled_or_as_the_uri_says(
+    start: Start, own_mongod: Mongod
+) -> None:
+    for options, concern in {
+        "": {"w": "majority", "j": True},
+        "?w=1": {"w": 1, "j": True},
+        "?journal=false&w=1": {"w": 1, "j": False},
+    }.items():
+        receiver = start(uri=own_mongod.uri + options)
+        database = own_mongod.client[receiver.database]
+        database.command("profile", 2)
+        assert receiver.post(track()).status == 200
+        (insert,) = database["system.profile"].find({"op": "insert"})
+        assert insert["command"]["writeConcern"] == concern, options
+
+
+@concurrently
+def test_too_many_events_in_flight_are_503(start: Start, own_mongod: Mongod) -> None:
+    receiver = start(uri=own_mongod.uri)
+    own_mongod.process.send_signal(signal.SIGSTOP)
+    batches = [[{"_id": f"{b}-{n}"} for n in range(4000)] for b in range(8)]
+    answers = together(*[lambda batch=batch: receiver.post(batch) for batch in batches])
+    own_mongod.process.send_signal(signal.SIGCONT)
+    statuses = [answer.status for answer in answers]
+    assert set(statuses) == {202, 503} and statuses.count(202) >= 4, statuses
+    assert all(a.headers["Retry-After"] for a in answers if a.status == 503)
+    taken = statuses.count(202) * 4000
+    wait_until(lambda: receiver.events().count_documents({}) == taken)
+
+
+# --- Storage: repeats ---------------------------------------------------------------------
+
+
+class Between:
+    """Stands between the receiver and MongoDB, and says what no MongoDB here can say.
+
+    It refuses single documents with a rate limit's error, or whole inserts that hold
+    one; its duplicate keys have no ``keyPattern``, as with MongoDB-compatible services;
+    and it reads no more than ``rate`` bytes a second.
+    """
+
+    def __init__(self, mongod: Mongod, rate: int = 1 << 40) -> None:
+        self.mongod, self.rate = mongod, rate
+        self.refuses: Callable[[Any], bool] = lambda document: False
+        self.fails: Callable[[Any], bool] = lambda document: False
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.uri = f"mongodb://127.0.0.1:{self.listener.getsockname()[1]}/"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            client, _ = self.listener.accept()
+            server = socket.create_connection(("127.0.0.1", self.mongod.port))
+            for ends in (client, server), (server, client):
+                threading.Thread(target=self._run, args=ends, daemon=True).start()
+
+    def _run(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while message := source.recv(4, socket.MSG_WAITALL):
+                while missing := int.from_bytes(message[:4], "little") - len(message):
+                    message += source.recv(min(missing, 16384), socket.MSG_WAITALL)
+                    time.sleep(min(missing, 16384) / self.rate)
+                if b"\2insert\0" not in message or b"documents\0" not in message:
+                    sink.sendall(message)
+                    continue
+                with contextlib.suppress(BlockingIOError):
+                    if not source.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                        break  # the receiver has given up
+                reply = bytes(4) + message[4:8] + b"\xdd\7\0\0" + bytes(5)
+                reply += bson.encode(self._insert(message))
+                source.sendall((len(reply) + 4).to_bytes(4, "little") + reply)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _insert(self, message: bytes) -> dict[str, Any]:
+        """Carries out an OP_MSG: a command at byte 21, then its documents."""
+        head, _, data = message.partition(b"documents\0")
+        command, documents = bson.decode(head[21:-5]), bson.decode_all(data)
+        database = self.mongod.client[command["$db"]]
+        command = {name: command[name] for name in ("insert", "ordered")}
+        if any(map(self.fails, documents)):
+            return {"ok": 0, "code": 1, "errmsg": "cannot take: ada@example.com"}
+        refused = [n for n, doc in enumerate(documents) if self.refuses(doc)]
+        taken = [n for n in range(len(documents)) if n not in refused]
+        reply: dict[str, Any] = {"ok": 1, "n": 0}
+        if taken:
+            documents = [documents[n] for n in taken]
+            reply = database.command(command | {"documents": documents})
+        limited = {"code": 16500, "errmsg": "Request rate is large: ada@example.com"}
+        errors = [{"index": n} | limited for n in refused]
+        for error in reply.pop("writeErrors", ()):
+            words = {"code": error["code"], "errmsg": error["errmsg"]}
+            errors.append(words | {"index": taken[error["index"]]})
+        return {"ok": 1, "n": reply["n"]} | ({"writeErrors": errors} if errors else {})
+
+
+OWN_IDS = [None, True, 0, 1.5, 2**60, "", "p1", "2026-01-31T12:00:00Z", {"b": 1}, {}]
+NEW, REPEAT, WAITS = "stored", "duplicates", "refused"
+REPEATS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "a plain collection": [
+        *((NEW, {"_id": id_, "n": 1}) for id_ in OWN_IDS),
+        *((REPEAT, {"_id": id_, "n": 1}) for id_ in OWN_IDS),
+        *((WAITS, {"_id": id_, "n": 2}) for id_ in OWN_IDS),
+        (NEW, {"_id": "p2", "messageId": "a", "n": 1}),
+        (WAITS, {"_id": "p2", "messageId": "a", "n": 2}),
+        (REPEAT, {"messageId": "p2", "n": 1}),  # Segment's own word for it
+        (NEW, {"messageId": "m", "n": 1}),
+        (REPEAT, {"messageId": "m", "n": 2}),
+        (NEW, {"messageId": "", "n": 1}),
+        (NEW, {"messageId": "", "n": 1}),
+        (NEW, {"messageId": "cut \ud83d", "n": 1}),  # both would be "cut \ufffd"
+        (NEW, {"messageId": "cut \ud83c", "n": 1}),
+    ],
+    "errors without keyPattern": [
+        (NEW, {"messageId": "m", "n": 1}),
+        (REPEAT, {"messageId": "m", "n": 2}),
+        (NEW, {"_id": 1, "n": 1}),
+        (REPEAT, {"_id": 1, "n": 1}),
+        (WAITS, {"_id": 1, "n": 2}),
+    ],
+    "a collation": [
+        (NEW, {"messageId": "abc", "n": 1}),
+        (REPEAT, {"messageId": "abc", "n": 2}),
+        (WAITS, {"messageId": "ABC", "n": 1}),
+        (WAITS, {"_id": "ABC", "n": 1}),
+    ],
+    "a unique index on messageId": [
+        (NEW, {"_id": 1, "messageId": "a", "n": 1}),
+        (REPEAT, {"_id": 2, "messageId": "a", "n": 2}),
+        (NEW, {"n": 1}),
+        (WAITS, {"n": 2}),
+        (NEW, {"messageId": "", "n": 1}),
+        (WAITS, {"messageId": "", "n": 2}),
+    ],
+    "a unique index on userId": [
+        (NEW, {"messageId": "a", "userId": "ada@example.com"}),
+        (WAITS, {"messageId": "b", "userId": "ada@example.com"}),
+        (REPEAT, {"messageId": "a", "userId": "eve@example.com"}),
+    ],
+}
+
+
+@pytest.mark.parametrize("where", REPEATS)
+@concurrently
+def test_a_repeat_is_the_same_event_and_anything_else_waits(
+    start: Start, mongod: Mongod, where: str
+) -> None:
+    rows = REPEATS[where]
+    uri = Between(mongod).uri if "errors" in where else mongod.uri
+    receiver = start(uri=uri)
+    events = mongod.client[receiver.database].events
+    if where == "a collation":  # that knows no case
+        events.database.create_collection(
+            "events", collation={"locale": "en", "strength": 2}
+        )
+    if "index" in where:
+        events.create_index(where.split()[-1], unique=True)
+    for word, event in rows:
+        answer = receiver.post(event)
+        if word == WAITS:
+            assert (answer.status, answer.json) == (202, {"spooled": 1}), event
+            continue
+        assert answer.status == 200, event
+        assert answer.json.get("duplicate", False) is (word == REPEAT), event
+        if "_id" in event:  # as JSON: true, not 1
+            given = json.dumps(answer.json["insertedId"])
+            assert given == json.dumps(event["_id"])
+    words = [word for word, _ in rows]
+    health = receiver.health()
+    for word in (NEW, REPEAT, WAITS):
+        assert health[word] == words.count(word)
+    assert "ada@" not in receiver.log
+    # A batch and the spool go by the same rule.
+    again = [event for word, event in rows if word != NEW]
+    counts = {"spooled": words.count(WAITS), "duplicates": words.count(REPEAT)}
+    assert receiver.post(again).json == counts
+    ids = [event.get("messageId") or bson.ObjectId() for event in again]
+    laid = lay(receiver, "a.bson", *({"_id": i} | e for i, e in zip(ids, again)))
+    wait_until(lambda: not laid.exists())
+    assert len(spooled(receiver, "*.refused.bson")) == 3 * words.count(WAITS)
+    assert events.count_documents({}) == words.count(NEW)
+
+
+@concurrently
+def test_a_user_who_may_only_insert_is_enough(
+    start: Start, replica_set: Nodes, tmp_path: Path
+) -> None:
+    key = tmp_path / "key"
+    key.write_text("a key for members of a set")
+    key.chmod(0o600)
+    (mongod,) = replica_set(1, "--keyFile", str(key))
+    mongod.client.admin.command("createUser", "root", pwd="root", roles=["root"])
+    host = f"@127.0.0.1:{mongod.port}/"
+    root = client_of("mongodb://root:root" + host)
+    right = {
+        "resource": {"db": "segment", "collection": "events"},
+        "actions": ["insert"],
+    }
+    root.admin.command("createRole", "writer", privileges=[right], roles=[])
+    root.admin.command("createUser", "wr%ter", pwd="p@ss/wörd", roles=["writer"])
+    writer = f"mongodb://wr%25ter:p%40ss%2Fw%C3%B6rd{host}"
+    receiver = start(uri=writer, MONGODB_DATABASE="segment")
+    event, own = track(), {"_id": 5}
+    expected = {"insertedId": event["messageId"]}
+    assert receiver.post(event).json == expected
+    assert receiver.post(event).json == expected | {"duplicate": True}
+    assert receiver.post(own).json == {"insertedId": 5}
+    assert receiver.post(own).status == 202  # it may not look whether it is the same
+    assert receiver.post([event, track()]).json["inserted"] == 1
+    assert root.segment.events.count_documents({}) == 3
+    settings = receiver.environment | {"RECEIVER_DATA_DIR": str(tmp_path / "check")}
+    assert run("--check", **settings).returncode == 0
+    wrong = f"mongodb://wr%25ter:wr0ng{host}"
+    checked = run("--check", **settings | {"MONGODB_URI": wrong})
+    assert checked.returncode == 1 and "Authentication" in checked.stderr
+    other = start(uri=wrong)
+    assert other.post(track()).status == 202
+    said = receiver.log + other.log + checked.stderr
+    assert not any(word in said for word in ("p@ss", "p%40ss", "wr0ng"))
+
+
+# --- Storage: what MongoDB refuses --------------------------------------------------------
+
+
+Trouble = Callable[[Mongod, str, bool], Any]
+
+
+def fail(mongod: Mongod, **data: Any) -> None:
+    """Makes MongoDB fail every insert in this way; without one, none any more."""
+    data = {"failCommands": ["insert"], **data} if data else {}
+    mode = {"mode": "alwaysOn", "data": data} if data else {"mode": "off"}
+    mongod.client.admin.command({"configureFailPoint": "failCommand", **mode})
+
+
+def failing(**data: Any) -> Trouble:
+    return lambda mongod, database, broken: fail(mongod, **(data if broken else {}))
+
+
+def block_writes(mongod: Mongod, database: str, broken: bool) -> None:
+    mongod.client.admin.command({"setUserWriteBlockMode": 1, "global": broken})
+
+
+def let_nothing_pass(mongod: Mongod, database: str, broken: bool) -> None:
+    validator = {"nobody": {"$exists": True}} if broken else {}
+    mongod.client[database].command("collMod", "events", validator=validator)
+
+
+def be_a_view(mongod: Mongod, database: str, broken: bool) -> None:
+    mongod.client[database].drop_collection("events")
+    if broken:
+        mongod.client[database].create_collection("events", viewOn="x", pipeline=[])
+
+
+UNMET = {"code": 64, "errmsg": "waiting for replication timed out"}
+TROUBLES: dict[str, tuple[str, Trouble]] = {
+    "writes are blocked": ("371", block_writes),
+    "a view in the collection's place": ("166", be_a_view),
+    "a validator that nothing passes": ("121", let_nothing_pass),
+    "over quota on Atlas": ("8000", failing(errorCode=8000)),
+    "not primary any more": ("", failing(errorCode=10107)),
+    "a code that nobody knows": ("99999", failing(errorCode=99999)),
+    "the connection breaks": ("", failing(closeConnection=True)),
+    "a write concern that is not met": ("64", failing(writeConcernError=UNMET)),
+}
+
+
+@concurrently
+def test_what_mongodb_refuses_waits_until_it_takes_it(
+    start: Start, replica_set: Nodes
+) -> None:
+    (mongod,) = replica_set(1)
+    receiver = start(uri=mongod.uri, command=hurried(**QUICK))
+    for name, (code, trouble) in TROUBLES.items():
+        before, sent = len(receiver.log), [track() for _ in range(5)]
+        trouble(mongod, receiver.database, True)
+        for event in sent[:3]:
+            answer = receiver.post(event)
+            assert (answer.status, answer.json) == (202, {"spooled": 1}), name
+        answer = receiver.post([*sent[3:], {"a\0": name}])
+        assert answer.json == {"spooled": 2, "rejected": 1}, name
+        assert receiver.get("/health").status == 200
+        time.sleep(0.4)  # in which it tries again some times
+        said = [line.split(" ", 1)[1] for line in receiver.log[before:].splitlines()]
+        assert code in " ".join(said), (name, said)
+        assert len(said) == len(set(said)) <= 5, (name, said)
+        trouble(mongod, receiver.database, False)
+        wait_until_delivered(receiver)
+        wait_until(lambda: receiver.health()["mongodb"] == "up")
+        ids = {"$in": [event["messageId"] for event in sent]}
+        assert receiver.events().count_documents({"_id": ids}) == 5, name
+    assert len(kept(receiver)) == len(TROUBLES)  # the bodies with a NUL, and no other
+    assert "ajs-" not in receiver.log
+
+
+@concurrently
+def test_refusals_hold_nothing_up(start: Start, mongod: Mongod) -> None:
+    """A rate limit, a write error for half of all documents; one that fails all others."""
+    between, chance = Between(mongod), random.Random(4)
+    between.refuses = lambda document: chance.random() < 0.5
+    receiver = start(uri=between.uri, command=hurried(**QUICK))
+    sent = [track() for _ in range(600)]
+    answers = [receiver.post(event) for event in sent[:40]]
+    answers += [receiver.post(sent[40:100])]
+    assert {answer.status for answer in answers} == {200, 202}
+    wait_until_delivered(receiver)
+    assert "16500" in receiver.log and "Request rate is large" in receiver.log
+    between.refuses = lambda document: False
+    between.fails = lambda document: "marked" in document
+    marked = sent[250]
+    marked["marked"] = "ada@example.com"
+    assert receiver.post(sent[100:200]).status == 200
+    assert receiver.post(sent[200:]).status == 202
+    wait_until(lambda: receiver.events().count_documents({}) == 599, 30)
+    wait_until(lambda: [d["_id"] for d in spooled(receiver)] == [marked["messageId"]])
+    assert receiver.post(sent[-1]).json["duplicate"] is True
+    between.fails = lambda document: False
+    wait_until_delivered(receiver)
+    assert stored_by_id(receiver) == {event["messageId"]: event for event in sent}
+    assert not kept(receiver) and "ada@" not in receiver.log
+
+
+# --- Storage: the spool -------------------------------------------------------------------
+
+
+# A receiver that notes each step to the disk and to MongoDB, and kills itself before the
+# one that CRASH says; its disk cannot fsync a folder, EINVAL, or hangs as "hang" says.
+STEPS = f"""
+import os, signal, stat, sys, time
+sys.path.insert(0, {str(HERE)!r})
+import receiver
+from pymongo.collection import Collection
+receiver.RETRY_SECONDS = 0.1
+def watch(place, name):
+    real = getattr(place, name)
+    def step(*arguments, **options):
+        of_folder = name == "fsync" and stat.S_ISDIR(os.fstat(arguments[0]).st_mode)
+        with open("steps", "a") as steps:
+            steps.write(name + (" folder" if of_folder else "") + "\\n")
+        if len(open("steps").readlines()) == int(os.environ.get("CRASH", 0)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if of_folder and "EINVAL" in os.environ:
+            raise OSError(22, "Invalid argument")
+        while name == "fsync" and os.path.exists("hang"):
+            time.sleep(0.1)
+        return real(*arguments, **options)
+    setattr(place, name, step)
+for name in ("fsync", "replace", "rename", "unlink"):
+    watch(os, name)
+watch(Collection, "insert_many")
+sys.exit(receiver.main())
+"""
+WATCHED = (sys.executable, "-c", STEPS)
+
+
+def steps_of(receiver: Receiver) -> str:
+    return (receiver.folder / "steps").read_text().replace("\n", " ")
+
+
+@concurrently
+def test_202_means_a_dump_on_the_disk(without_mongodb: Start) -> None:
+    receiver = without_mongodb(command=WATCHED)
+    (receiver.folder / "steps").unlink(missing_ok=True)  # those of the start
+    events = [track() for _ in range(20)]
+    assert receiver.post(events).json == {"spooled": 20}
+    assert re.search("fsync (replace|rename) fsync folder", steps_of(receiver))
+    (file,) = (receiver.data / "spool").iterdir()
+    assert spooled(receiver) == [{"_id": e["messageId"], **e} for e in events]
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert file.parent.stat().st_mode & 0o777 == 0o700
+    health = receiver.health()
+    assert (health["spooled"], health["spool_files"]) == (20, 1)
+    # A second receiver would deliver and remove the same files.
+    second = run(**receiver.environment | {"RECEIVER_PORT": str(free_port())})
+    assert second.returncode == 2 and "another receiver" in second.stderr
+    # spool/ may be deleted, and lie on a file system that cannot fsync a folder.
+    receiver.stop()
+    receiver.environment["EINVAL"] = "1"
+    receiver.start()
+    shutil.rmtree(file.parent)
+    assert receiver.post(events[0]).status == 202
+    assert len(spooled(receiver)) == 1
+    warnings = [line for line in receiver.log.splitlines() if "WARNING" in line]
+    assert [line for line in warnings if str(receiver.data) in line]
+    assert "Invalid argument" not in receiver.log
+
+
+@concurrently
+def test_a_kill_at_any_step_loses_nothing(start: Start, mongod: Mongod) -> None:
+    """A dump is delivered, of which MongoDB refuses a part, as it does what comes in."""
+    receiver = start(command=WATCHED)
+    mongod.client[receiver.database].create_collection("events", **FORBIDDEN)
+    sent: dict[Any, dict[str, Any]] = {}
+    promised, files = set(), []
+
+    def ended() -> bool:
+        return receiver.process.poll() is not None
+
+    for number in itertools.count(1):
+        receiver.stop()
+        receiver.data = receiver.folder / f"data{number}"
+        (receiver.data / "spool").mkdir(parents=True)
+        (receiver.folder / "steps").unlink(missing_ok=True)
+        receiver.environment["RECEIVER_DATA_DIR"] = str(receiver.data)
+        receiver.environment["CRASH"] = str(number)
+        laid: dict[Any, Any] = {str(number): {}, bson.ObjectId(): {"n": number}}
+        laid |= {f"{number} taken": {"n": number}, f"{number} bad": {"forbidden": 1}}
+        receiver.events().insert_one({"_id": f"{number} taken", "by": "another"})
+        file = lay(receiver, "laid.bson", *({"_id": i, **e} for i, e in laid.items()))
+        promised |= laid.keys()
+        event = track(forbidden=True)
+        sent |= laid | {event["messageId"]: event}
+        receiver.start(wait=False)
+        with contextlib.suppress(AssertionError, OSError, http.client.HTTPException):
+            wait_until(receiver.answers)
+            if receiver.post(event).status == 202:
+                promised.add(event["messageId"])
+        wait_until(lambda file=file: ended() or not file.exists())
+        if not ended():
+            break
+        files += (receiver.data / "spool").glob("[!.]*.bson")
+    assert number > 8, steps_of(receiver)
+    assert re.search("insert_many .*fsync folder .*unlink", steps_of(receiver))
+    receiver.stop()
+    for file in files:
+        file.rename(receiver.data / "spool" / f"{file.parent.parent.name}-{file.name}")
+    mongod.client[receiver.database].command("collMod", "events", validator={})
+    receiver.events().delete_many({"by": "another"})
+    receiver.command = hurried(**QUICK)
+    receiver.start()
+    wait_until_delivered(receiver)
+    stored = stored_by_id(receiver)
+    assert promised <= stored.keys() <= sent.keys()
+    assert stored == {id_: sent[id_] for id_ in stored}
+    assert not kept(receiver)
+
+
+@concurrently
+def test_a_slow_mongodb_gets_every_event(start: Start, own_mongod: Mongod) -> None:
+    """It takes 2.5 seconds for each insert, longer than a fresh event may wait."""
+    receiver = start(uri=own_mongod.uri)
+    fail(own_mongod, blockConnection=True, blockTimeMS=2500)
+    sent = [track() for _ in range(30)]
+    answers = together(*[lambda event=event: receiver.post(event) for event in sent])
+    assert {answer.status for answer in answers} == {202}
+    wait_until_delivered(receiver, 60)
+    assert stored_by_id(receiver) == {event["messageId"]: event for event in sent}
+
+
+@concurrently
+def test_a_slow_link_carries_a_big_event(start: Start, mongod: Mongod) -> None:
+    """One Mbit/s: an event of a megabyte needs eight seconds, alone and in one piece."""
+    receiver = start(uri=Between(mongod, rate=125_000).uri)
+    sent = [track(pad="x" * 1_000_000), *(track(pad="x" * 20_000) for _ in range(20))]
+    assert receiver.post(sent[0]).status == 202
+    assert receiver.post(sent[1:]).status == 202
+    assert receiver.post(track()).status in (200, 202)
+    wait_until_delivered(receiver, 90)
+    stored = stored_by_id(receiver)
+    assert len(stored) == 22
+    assert all(stored[event["messageId"]] == event for event in sent)
+
+
+def peak_memory(receiver: Receiver) -> int:
+    status = Path(f"/proc/{receiver.process.pid}/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
+
+
+@concurrently
+def test_a_large_dump_takes_little_memory(start: Start) -> None:
+    receiver = start()
+    assert receiver.post(track()).status == 200
+    before = peak_memory(receiver)
+    pad = "x" * 20_000
+    lay(receiver, "dump.bson", *({"_id": n, "pad": pad} for n in range(2000)))
+    fresh = 1
+    while receiver.events().estimated_document_count() < 2000:
+        assert receiver.post(track()).status == 200
+        fresh += 1
+    wait_until_delivered(receiver)
+    assert receiver.events().count_documents({}) == 2000 + fresh
+    assert fresh > 3 and peak_memory(receiver) - before < 20 << 20
+
+
+@concurrently
+def test_files_that_are_no_spool_are_set_aside(start: Start) -> None:
+    # Root may read everything: without its capabilities it is a user like others.
+    bare = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
+    command = (*(() if os.geteuid() else bare), *hurried(**QUICK))
+    receiver = start(command=command)
+    whole = bson.encode({"_id": "whole"})
+    torn = bson.encode({"_id": "before the tear"}) + whole[:-3]
+    bad = {"torn.bson": torn, "empty.bson": b"", "zeros.bson": bytes(4096)}
+    bad |= {"foreign.bson": b"hello", "no-id.bson": bson.encode({"a": 1})}
+    for name, data in bad.items():
+        lay(receiver, name, data)
+    lay(receiver, "dump.bson", whole)
+    wait_until_delivered(receiver)
+    assert stored_by_id(receiver).keys() == {"before the tear", "whole"}
+    assert kept(receiver).keys() == set(bad.values())
+    assert all(name in receiver.log for name in bad), receiver.log
+    assert receiver.get("/health").status == 200
+    # A file that cannot be read waits until it can.
+    closed = receiver.data / "closed.bson"
+    closed.write_bytes(bson.encode({"_id": "closed"}))
+    closed.chmod(0)
+    closed = closed.rename(receiver.data / "spool" / closed.name)
+    wait_until(lambda: "closed.bson" in receiver.log)
+    assert receiver.health()["spool_files"] == 1
+    assert receiver.post(track()).status == 200
+    closed.chmod(0o600)
+    wait_until_delivered(receiver)
+    assert "closed" in stored_by_id(receiver)
+    assert receiver.log.count("closed.bson") < 3
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system of 256 KB, as root."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("may not mount a small disk")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("full", ["the disk", "the spool"])
+@concurrently
+def test_a_full_disk_is_503_and_loses_nothing(
+    start: Start, own_mongod: Mongod, tmp_path: Path, full: str
+) -> None:
+    """It ends without a restart, also while MongoDB is away and nobody sends."""
+    disk, aside = tmp_path / "disk", tmp_path / "aside.bson"
+    with small_disk(disk) if full == "the disk" else contextlib.nullcontext():
+        options = {"command": hurried(**QUICK), "RECEIVER_DATA_DIR": str(disk)}
+        if full == "the spool":
+            options["RECEIVER_MAX_SPOOL_BYTES"] = "20000"
+        receiver = start(uri=own_mongod.uri, **options)
+        receiver.data, spool = disk, disk / "spool"
+        sent = []
+
+        def post() -> Answer:
+            event = track(pad="x" * 9000)
+            if (answer := receiver.post(event)).status != 503:
+                sent.append(event)
+            return answer
+
+        def fill() -> Path:
+            """Returns what somebody may take away again."""
+            if full == "the disk":
+                with contextlib.suppress(OSError), open(disk / "x", "wb", 0) as filler:
+                    while filler.write(bytes(1000)):
+                        pass
+            while post().status == 202:
+                pass
+            return disk / "x" if full == "the disk" else max(spool.iterdir())
+
+        assert post().status == 200
+        own_mongod.kill()
+        assert post().status == 202
+        filler = fill()
+        assert post().headers["Retry-After"]
+        health = receiver.get("/health")
+        assert (health.status, health.json["status"]) == (503, "failing")
+        assert receiver.health()["mongodb"] == "down"
+        assert not list(spool.glob(".*"))
+        shutil.move(filler, aside)  # an operator makes room
+        wait_until(lambda: receiver.get("/health").status == 200)
+        filler = fill()
+        assert receiver.log.count("503") < 5
+        own_mongod.start()  # which is enough, though the disk is still full
+        wait_until(lambda: post().status == 200)
+        if full == "the spool":
+            shutil.move(aside, spool)
+        else:
+            filler.unlink()
+        wait_until_delivered(receiver)
+        assert receiver.get("/health").status == 200
+        assert stored_by_id(receiver) == {event["messageId"]: event for event in sent}
+
+
+# --- Guarantees: every acknowledged event is in MongoDB in the end ------------------------
+
+
+class Load:
+    """Sends distinct signed events side by side, and notes every acknowledgement."""
+
+    def __init__(self, *receivers: Receiver) -> None:
+        self.receivers = receivers
+        self.acknowledged: dict[str, dict[str, Any]] = {}
+        self.statuses: list[int] = []
+        self.failures = 0  # connections that were refused or reset
+        self.slowest = 0.0
+        self._running = True
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        with ThreadPoolExecutor(4) as pool:
+            try:
+                futures = [pool.submit(self._send, number) for number in range(4)]
+                yield
+            finally:
+                self._running = False
+        for future in futures:
+            future.result()
+
+    def _send(self, number: int) -> None:
+        while self._running:
+            number += 1
+            event = track(properties={"number": number, "at": time.time()})
+            started = time.monotonic()
+            try:
+                answer = self.receivers[number % len(self.receivers)].post(event)
+            except (OSError, http.client.HTTPException):  # killed: not acknowledged
+                self.failures += 1
+            else:
+                self.slowest = max(self.slowest, time.monotonic() - started)
+                if answer.status in (200, 202):
+                    self.acknowledged[event["messageId"]] = event
+                self.statuses.append(answer.status)
+            time.sleep(0.005)
+
+    def wait_for_more(self, *statuses: int, events: int = 20) -> None:
+        """Waits until so many further requests have been answered so."""
+        before = len(self.statuses)
+        new = lambda: sum(status in statuses for status in self.statuses[before:])
+        wait_until(lambda: new() >= events, 30)
+
+    def assert_all_stored(self) -> None:
+        for each in self.receivers:
+            wait_until_delivered(each, 40)
+            assert not kept(each)
+        stored = stored_by_id(self.receivers[0])
+        assert self.acknowledged.items() <= stored.items()
+        assert set(self.statuses) <= {200, 202, 503}
+        assert self.slowest < 5
+
+
+ROUNDS = 20 if LONG else 4
+
+
+@concurrently
+def test_killing_the_receiver_loses_nothing(start: Start, own_mongod: Mongod) -> None:
+    chance = random.Random(1)
+    receiver = start(uri=own_mongod.uri, command=hurried(**QUICK))
+    load = Load(receiver)
+
+    def kill_it(*statuses: int) -> None:
+        load.wait_for_more(*statuses, events=chance.randrange(1, 60))
+        receiver.stop(signal.SIGKILL)
+        receiver.start()
+
+    with load.running():
+        for _ in range(ROUNDS):
+            kill_it(200, 202)
+        own_mongod.kill()
+        for _ in range(ROUNDS):
+            kill_it(202)
+        own_mongod.start()
+        for _ in range(ROUNDS):  # while it delivers, with luck
+            kill_it(200, 202)
+        load.wait_for_more(200)
+    load.assert_all_stored()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@concurrently
+def test_killing_or_hanging_mongodb_loses_nothing(
+    start: Start, own_mongod: Mongod, number: int
+) -> None:
+    receiver = start(uri=own_mongod.uri, command=hurried(RETRY_SECONDS=0.02))
+    load = Load(receiver)
+    with load.running():
+        for _ in range(ROUNDS // 2):
+            load.wait_for_more(200, events=50)
+            own_mongod.process.send_signal(number)
+            load.wait_for_more(202, events=1)
+            load.wait_for_more(202, events=200)  # these do not wait for a timeout
+            wait_until(lambda: receiver.health()["mongodb"] == "down")
+            if number == signal.SIGKILL:
+                own_mongod.process.wait()
+                own_mongod.start()
+            own_mongod.process.send_signal(signal.SIGCONT)
+            load.wait_for_more(200)
+    load.assert_all_stored()
+    assert receiver.health()["mongodb"] == "up"
+    assert len(receiver.log.splitlines()) < 5 + 5 * ROUNDS  # after hundreds of tries
+    before = inserts(own_mongod)
+    time.sleep(0.4)
+    assert inserts(own_mongod) == before  # an idle receiver sends nothing
+
+
+@concurrently
+def test_failing_over_with_two_receivers_loses_nothing(
+    start: Start, replica_set: Nodes
+) -> None:
+    nodes = replica_set(3)
+    hosts = ",".join(f"127.0.0.1:{node.port}" for node in nodes)
+    one = start(uri=f"mongodb://{hosts}/?replicaSet=rs")
+    two = start(uri=one.mongodb_uri, MONGODB_DATABASE=one.database)
+    two.database = one.database
+    load = Load(one, two)
+    with load.running():
+        load.wait_for_more(200)
+        primary = primary_of(nodes)
+        primary.kill()
+        load.wait_for_more(200, 202)
+        one.stop(signal.SIGKILL)
+        primary = wait_until(lambda: primary_of(nodes), 30)
+        one.start()
+        load.wait_for_more(200)
+        with contextlib.suppress(pymongo.errors.PyMongoError):
+            primary.client.admin.command("replSetStepDown", 5, force=True)
+        wait_until(lambda: primary_of(nodes), 30)
+        load.wait_for_more(200)
+    load.assert_all_stored()
+    event = track()
+    assert "duplicate" not in one.post(event).json
+    assert two.post(event).json["duplicate"] is True
+
+
+def after(*lines: str, options: str = "") -> tuple[str, ...]:
+    """Returns the command of a receiver that begins with these lines of Python."""
+    command = [sys.executable, *options.split(), str(HERE / "receiver.py")]
+    end = f"os.execv(sys.executable, [*{command}, *sys.argv[1:]])"
+    start = "import fcntl, os, resource, signal, sys"
+    return (sys.executable, "-c", "\n".join([start, *lines, end]))
+
+
+@concurrently
+def test_restarting_with_the_socket_held_loses_nothing(start: Start) -> None:
+    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+    lines = [f"os.dup2({listener.fileno()}, 3)", "os.environ['LISTEN_FDS'] = '1'"]
+    lines += ["os.environ['LISTEN_PID'] = str(os.getpid())"]
+    options = {"command": after(*lines), "pass_fds": (listener.fileno(),)}
+    receiver = start(RECEIVER_PORT=str(listener.getsockname()[1]), **options)
+    load = Load(receiver)
+    with load.running():
+        for _ in range(3):
+            load.wait_for_more(200)
+            assert receiver.stop() == 0
+            time.sleep(0.3)  # requests wait in the kernel meanwhile
+            receiver.start(wait=False)
+        load.wait_for_more(200)
+    load.assert_all_stored()
+    assert set(load.statuses) == {200} and load.failures == 0
+    listener.close()
+
+
 # --- HTTP -------------------------------------------------------------------------------
 
 LENGTH = f"Content-Length: {len(STOLEN)}"
@@ -1643,3 +2471,381 @@ def test_the_demos_log_escapes_control_characters(demo_receiver: Receiver) -> No
     demo_receiver.post(track(event="\x1b[2J\nA \u2028\u202e line 😀", messageId="m\r"))
     line = wait_until(lambda: re.search("stored: (.*2J.*)", demo_receiver.log))[1]
     assert line == r"track \x1b[2J\nA \u2028\u202e line 😀 m\r"
+
+
+# --- Process: the first run, and its own MongoDB ------------------------------------------
+
+PORT_27017 = threading.Lock()
+
+
+@contextlib.contextmanager
+def port_27017() -> Iterator[None]:
+    """Holds the embedded MongoDB's port for one test; skips it if a stranger has it."""
+
+    def is_free() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", 27017)) != 0
+
+    with PORT_27017:
+        with contextlib.suppress(AssertionError):
+            wait_until(is_free)
+        if not is_free():
+            pytest.skip("port 27017 is taken, so the embedded MongoDB cannot start")
+        yield
+
+
+@concurrently
+def test_the_first_run_needs_no_setting(start: Start) -> None:
+    with port_27017():
+        names = ("SEGMENT_SHARED_SECRET", "SEGMENT_PUBLIC_SECRET", "MONGODB_URI")
+        receiver = start(**dict.fromkeys(names))
+        receiver.mongodb_uri = "mongodb://127.0.0.1:27017/"
+        wait_until(lambda: "its data is in" in receiver.log)
+        log = wait_until(lambda: "Ctrl-C" in receiver.log and receiver.log)
+        assert str(receiver.data / "mongodb") in log
+        secret = re.findall(r"shared secret +(\S+)", log)[0]
+        assert f"http://127.0.0.1:{receiver.port}/webhook?secret=" in log
+        assert f"http://127.0.0.1:{receiver.port}/#shared={secret}&public=" in log
+        assert f"{receiver.database}.events" in log
+        files = [p for p in receiver.data.iterdir() if p.is_file()]
+        (file,) = [path for path in files if secret in path.read_text()]
+        assert file.stat().st_mode & 0o777 == 0o600
+        script = log[log.index("body=") : log.index("README.md goes on")]
+        for shell in ("sh", shutil.which("dash") or "sh"):
+            answer = json.loads(
+                succeeds(shell, "-c", script.replace("curl", "curl -s"))
+            )
+            stored = {"_id": bson.ObjectId(answer["insertedId"])}
+            assert receiver.events().find_one(stored)["event"] == "Favorited"
+        ((pid, command),) = mongods_of(receiver).items()
+        assert b"--nounixsocket" in command
+        # Ctrl-C goes to all of a terminal, but this one has to outlive the receiver.
+        assert os.getpgid(pid) != os.getpgid(receiver.process.pid)
+        # What a killed receiver left behind is taken over, and ends with the next.
+        receiver.stop(signal.SIGKILL)
+        receiver.start()
+        wait_until(lambda: receiver.log.count(f"shared secret  {secret}\n") == 2)
+        assert receiver.events().count_documents({}) == 2
+        assert mongods_of(receiver).keys() == {pid}
+        assert receiver.stop(signal.SIGINT) == 0
+        wait_until(lambda: not mongods_of(receiver))
+
+
+DEATHS = {
+    "kill -ILL $$": "AVX",
+    "exit 48": "127.0.0.1:27017 is taken",
+    "exit 62": "another version of MongoDB",
+    "exit 100": "in use",
+    "echo no libcurl >&2; exit 127": "127: no libcurl",
+    "exit 1": "status 1",
+}
+
+
+@concurrently
+def test_without_a_mongod_it_says_why_and_events_wait(
+    start: Start, tmp_path: Path
+) -> None:
+    program = tmp_path / "mongod"
+    with port_27017():
+        for line, said in {**DEATHS, "": "No such file"}.items():
+            program.write_text(f"#!/bin/sh\n{line}\n")
+            program.chmod(0o700)
+            if not line:
+                program.unlink()
+            receiver = start(MONGOD=str(program), MONGODB_URI=None)
+            (why,) = wait_until(lambda r=receiver: re.findall("no MongoDB.*", r.log))
+            assert said in why and str(program) in why and "mongod.log" not in why
+            assert receiver.stop() == 0
+        # So is one that accepts and never answers, which must not keep it from listening.
+        with socket.create_server(("127.0.0.1", 27017)):
+            for uri in (None, "mongodb://127.0.0.1/"):
+                assert start(MONGODB_URI=uri).post(track()).status == 202
+
+
+# --- Process: running it for years --------------------------------------------------------
+
+
+@concurrently
+def test_a_signal_finishes_the_requests_in_hand(
+    start: Start, own_mongod: Mongod
+) -> None:
+    # A shell starts what runs in the background with SIGINT ignored.
+    ignored = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        command = after(ignored, options="-X dev -W error")
+        receiver = start(uri=own_mongod.uri, command=command)
+        assert receiver.post([track(), track()]).status == 200
+        with receiver.connect() as idle, ThreadPoolExecutor() as pool:
+            event = track()
+            own_mongod.process.send_signal(signal.SIGSTOP)
+            answer = pool.submit(receiver.post, event)
+            time.sleep(0.3)
+            receiver.process.send_signal(number)
+            time.sleep(0.3)
+            own_mongod.process.send_signal(signal.SIGCONT)
+            assert receiver.process.wait(15) == 0
+            assert idle.recv(100) == b""
+        assert answer.result().status == 200
+        assert answer.result().headers["Connection"] == "close"
+        assert receiver.events().find_one({"_id": event["messageId"]})
+        words = re.findall(r" INFO +(\w+).*\n", receiver.log)
+        assert words == ["listening", "stopping", "stopped"], receiver.log
+        assert receiver.log.count("\n") == 3
+
+
+@pytest.mark.parametrize("what", ["MongoDB hangs", "MongoDB is dead", "the disk hangs"])
+@concurrently
+def test_stopping_waits_for_nothing_that_hangs(
+    start: Start, own_mongod: Mongod, what: str
+) -> None:
+    receiver = start(uri=own_mongod.uri, command=WATCHED)
+    assert receiver.post(track()).status == 200
+    kill = what == "MongoDB is dead"
+    own_mongod.process.send_signal(signal.SIGKILL if kill else signal.SIGSTOP)
+    if what == "the disk hangs":
+        (receiver.folder / "hang").touch()
+    event = track()
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(receiver.post, event)
+        time.sleep(0.2)
+        receiver.stop()  # fails after 15 seconds
+        if what == "the disk hangs":
+            assert answer.result().status == 503
+            return
+        assert answer.result().status == 202
+    own_mongod.process.send_signal(signal.SIGCONT)
+    if kill:
+        own_mongod.process.wait()
+        own_mongod.start()
+    receiver.start()
+    wait_until(lambda: receiver.events().find_one({"_id": event["messageId"]}))
+
+
+TO_LOG = ["os.set_inheritable(log, True)", "os.dup2(log, 1)", "os.dup2(log, 2)"]
+LIMITS = {
+    "its log has no reader": ["read, log = os.pipe()", "os.close(read)", *TO_LOG],
+    "its log is not read": [
+        "_, log = os.pipe()",
+        "fcntl.fcntl(log, 1031, 4096)",
+        *TO_LOG,
+    ],
+    "its log is on a full disk": ["log = os.open('/dev/full', os.O_WRONLY)", *TO_LOG],
+    "of forty files": ["resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))"],
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@concurrently
+def test_it_works_although(start: Start, limit: str) -> None:
+    receiver = start("--demo", command=after(*LIMITS[limit]))
+    events = [track(event="x" * 200) for _ in range(60)]  # each a line of the log
+    assert {receiver.post(event).status for event in events} == {200}
+    with contextlib.ExitStack() as stack:
+        for _ in range(80):
+            stack.enter_context(receiver.connect())
+        wait_until(lambda: receiver.post(track()).status == 200)
+    assert receiver.stop() == 0
+
+
+class Systemd:
+    """Plays systemd's part: it holds the notification socket."""
+
+    def __init__(self, folder: Path) -> None:
+        self.address = str(folder / "notify")
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(self.address)
+        self.socket.settimeout(20)
+
+    def wait_for(self, state: str) -> str:
+        """Reads notifications until one has this in it, and returns it."""
+        while state not in (said := self.socket.recv(4096).decode()):
+            pass
+        return said
+
+
+@concurrently
+def test_systemd_is_told_ready_status_watchdog_and_stopping(
+    start: Start, tmp_path: Path
+) -> None:
+    systemd = Systemd(tmp_path)
+    receiver = start(NOTIFY_SOCKET=systemd.address, WATCHDOG_USEC="1000000")
+    systemd.wait_for("READY=1")
+    receiver.post(track())
+    assert "WATCHDOG=1" in systemd.wait_for("STATUS=1 stored, 0 spooled, MongoDB up")
+    assert receiver.stop() == 0
+    systemd.wait_for("STOPPING=1")
+    # One that does not read, until nothing more fits, holds nothing up.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                other.sendto(b"x", systemd.address)
+    receiver.start()
+    assert receiver.post(track()).status == 200
+    assert receiver.stop() == 0
+
+
+@concurrently
+def test_an_insert_that_never_ends_ends_the_watchdogs_feed(
+    start: Start, own_mongod: Mongod, tmp_path: Path
+) -> None:
+    systemd = Systemd(tmp_path)
+    patience = hurried(WEDGED_SECONDS=0.5, ANSWER_SECONDS=0.5, INSERT_SECONDS=60)
+    settings = {"uri": own_mongod.uri, "NOTIFY_SOCKET": systemd.address}
+    receiver = start(command=patience, **settings)
+    systemd.wait_for("WATCHDOG=1")
+    own_mongod.process.send_signal(signal.SIGSTOP)
+    assert receiver.post(track()).status == 503
+    systemd.socket.settimeout(2)
+    with pytest.raises(TimeoutError):
+        while True:
+            systemd.wait_for("WATCHDOG=1")
+
+
+@needs("systemd-socket-activate")
+@concurrently
+def test_systemd_hands_over_its_socket(start: Start, tmp_path: Path) -> None:
+    port = str(free_port())
+    listen = ["systemd-socket-activate", f"--listen=127.0.0.1:{port}"]
+    names = ("MONGODB_URI", "MONGODB_DATABASE", "RECEIVER_DATA_DIR")
+    names += ("SEGMENT_SHARED_SECRET", "SEGMENT_PUBLIC_SECRET")
+    listen += [f"--setenv={name}" for name in names]
+    command = (*listen, sys.executable, str(HERE / "receiver.py"))
+    receiver = start(command=command, RECEIVER_PORT=port)
+    assert receiver.post(track()).status == 200
+    assert receiver.stop() == 0
+    assert f"listening on http://127.0.0.1:{port}" in receiver.log
+
+
+@concurrently
+def test_check_says_what_stands_in_the_way(
+    replica_set: Nodes, mongod: Mongod, tmp_path: Path
+) -> None:
+    (node,) = replica_set(1)
+    settings = {"SEGMENT_SHARED_SECRET": SHARED, "MONGODB_URI": node.uri}
+    settings |= {"MONGODB_DATABASE": "checked", "RECEIVER_DATA_DIR": str(tmp_path)}
+
+    def check(*arguments: str, **more: str) -> tuple[int, str]:
+        ended = run("--check", *arguments, **(settings | more))
+        assert ended.stdout == "" and len(ended.stderr.splitlines()) == 1, ended
+        return ended.returncode, ended.stderr
+
+    assert check()[0] == 0
+    assert "checked" not in node.client.list_database_names()
+    for code, trouble in (*TROUBLES.values(), ("13", failing(errorCode=13))):
+        node.client.checked.events.insert_one({})
+        trouble(node, "checked", True)
+        status, line = check()
+        assert (status, code in line) == (1, True), line
+        trouble(node, "checked", False)
+        node.client.checked.drop_collection("events")
+    assert check()[0] == 0
+    status, line = check(MONGODB_URI=mongod.uri)  # which has no transactions
+    assert status == 0 and "no replica set" in line
+    assert "checked" not in mongod.client.list_database_names()
+    assert "limit of 100 bytes" in check("--max-spool-bytes", "100")[1]
+    assert "Timeout" in check(MONGODB_URI="mongodb://127.0.0.1:1/")[1]
+    del settings["SEGMENT_SHARED_SECRET"]
+    assert check()[0] == 1
+    assert not list((tmp_path / "spool").iterdir())
+
+
+# --- README -------------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text()
+
+
+def readme_block(language: str, words: str) -> str:
+    """Returns the README's first fenced block of a language that has these words."""
+    blocks = re.findall(rf"(?ms)^```{language}\n(.*?)^```$", README)
+    return next(block for block in blocks if words in block)
+
+
+def succeeds(*command: str, **environment: str) -> str:
+    """Runs a program that has to end with 0; returns all that it says."""
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, check=False, env=os.environ | environment, **both)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@needs("systemd-analyze")
+def test_the_readmes_units_are_clean_and_hardened(tmp_path: Path) -> None:
+    unit, listen = (tmp_path / f"segment-receiver.{k}" for k in ("service", "socket"))
+    text = readme_block("ini", "Type=notify")
+    unit.write_text(re.sub(r"(?<=ExecStart=)\S+", sys.executable, text))
+    listen.write_text(readme_block("ini", "ListenStream"))
+    verify = ("systemd-analyze", "verify", "--man=no", str(unit), str(listen))
+    said = succeeds(*verify, SYSTEMD_UNIT_PATH=f"{tmp_path}:")
+    assert not [line for line in said.splitlines() if "segment" in line]
+    security = ("systemd-analyze", "security", "--offline=true", "--threshold=15")
+    succeeds(*security, str(unit))
+
+
+@needs("nginx")
+@needs("openssl")
+def test_the_readmes_nginx_configuration(tmp_path: Path) -> None:
+    key, certificate = str(tmp_path / "key"), str(tmp_path / "certificate")
+    new = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=h")
+    succeeds(*new, "-keyout", key, "-out", certificate)
+    server = readme_block("nginx", "server_name")
+    server = re.sub(r"(ssl_certificate_key\s+)\S+;", rf"\1{key};", server)
+    server = re.sub(r"(ssl_certificate\s+)\S+;", rf"\1{certificate};", server)
+    (tmp_path / "nginx.conf").write_text(f"events {{}}\nhttp {{\n{server}}}\n")
+    options = ("-t", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf"))
+    succeeds("nginx", *options, "-g", f"pid {tmp_path}/pid; error_log stderr;")
+
+
+@needs("caddy")
+def test_the_readmes_caddyfile(tmp_path: Path) -> None:
+    (tmp_path / "Caddyfile").write_text(readme_block("caddyfile", "reverse_proxy"))
+    command = ("caddy", "validate", "--adapter", "caddyfile", "--config")
+    succeeds(*command, str(tmp_path / "Caddyfile"))
+
+
+@needs("curl")
+@needs("openssl")
+def test_the_readmes_signed_curl(receiver: Receiver) -> None:
+    script = readme_block("sh", "by-hand-1").replace(":8080", f":{receiver.port}")
+    names = {"SEGMENT_SHARED_SECRET": SHARED, "SEGMENT_PUBLIC_SECRET": QUERY[8:]}
+    for expected in ({}, {"duplicate": True}):
+        answer = succeeds("sh", "-c", script.replace("curl ", "curl -s "), **names)
+        assert json.loads(answer) == {"insertedId": "by-hand-1"} | expected
+
+
+def javascript(text: str) -> Any:
+    """Reads an object of the README's mongosh snippets as JSON."""
+    return json.loads(re.sub(r"([{,]\s*)([$\w]+):", r'\1"\2":', text))
+
+
+def test_the_readmes_mongosh_snippets(mongod: Mongod) -> None:
+    database = mongod.client["readme"]
+    items = ("Roses", "Roses", "Figs")
+    database.events.insert_many([track(properties={"itemName": i}) for i in items])
+
+    def argument(words: str, call: str, end: str = ")") -> Any:
+        code = readme_block("js", words).partition(call)[2]
+        return javascript(code[: code.rindex(end)])
+
+    found = list(database.events.aggregate(argument("favourites: -1", "aggregate(")))
+    assert [item["favourites"] for item in found] == [2, 1]
+    (day,) = database.events.aggregate(argument("dateTrunc", "aggregate("))
+    assert day["events"] == 3
+    for line in readme_block("js", "createIndex").splitlines():
+        keys = javascript(line[line.index("(") + 1 : line.rindex(")")])
+        database.events.create_index(list(keys.items()))
+    capped = argument("createCollection", '"events", ')
+    assert database.create_collection("capped", **capped).options() == capped
+    role = argument("createRole", "createRole(", ")\ndb.createUser")
+    mongod.client.admin.command("createRole", role.pop("role"), **role)
+
+
+def test_the_readme_names_every_setting_and_its_default() -> None:
+    options = " ".join(run("--help").stdout.partition("then exit")[2].split())
+    options = options.replace("[no] ", "")
+    pattern = r"(--[a-z-]+)[^[]*\[([A-Z_]+)[^];]*(?:; default ([^]]+))?\]"
+    found = re.findall(pattern, options)
+    assert len(found) == 10
+    for flag, name, default in found:
+        rows = [row for row in README.splitlines() if row.startswith(f"| `{name}`")]
+        assert len(rows) == 1 and f"`{flag}`" in rows[0] and default in rows[0], name
