@@ -1114,7 +1114,11 @@ class Between:
     def _accept(self) -> None:
         while True:
             client, _ = self.listener.accept()
-            server = socket.create_connection(("127.0.0.1", self.mongod.port))
+            try:
+                server = socket.create_connection(("127.0.0.1", self.mongod.port))
+            except OSError:  # it has been stopped
+                client.close()
+                continue
             for ends in (client, server), (server, client):
                 threading.Thread(target=self._run, args=ends, daemon=True).start()
 
