@@ -13,6 +13,7 @@ import functools
 import hashlib
 import hmac
 import http.client
+import http.server
 import inspect
 import itertools
 import json
@@ -23,6 +24,7 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -32,6 +34,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import bson
 import pymongo
@@ -2853,3 +2856,403 @@ def test_the_readme_names_every_setting_and_its_default() -> None:
     for flag, name, default in found:
         rows = [row for row in README.splitlines() if row.startswith(f"| `{name}`")]
         assert len(rows) == 1 and f"`{flag}`" in rows[0] and default in rows[0], name
+
+
+# --- Page -------------------------------------------------------------------------------
+# Chromium, driven by W3C WebDriver (https://www.w3.org/TR/webdriver2/): JSON over HTTP.
+# CI installs chromium-driver, and @segment/analytics-next and axe-core in $NODE_MODULES.
+
+PAGE = HERE / "demo.html"
+NASTY = "</b><script>window.hacked = 1</script><img src=x onerror='hacked=1'> & 'b' 🌹"
+SIZES = {"laptop": (1200, 800), "phone": (390, 844)}
+
+
+class Segment(http.server.ThreadingHTTPServer):
+    """Stands in for Segment: its CDN with the real analytics.js, its API, its delivery.
+
+    The page may talk to Segment's own hosts only, so Chromium is told that they are here.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), SegmentHandler)
+        self.receiver: Receiver | None = None
+        self.asked = 0
+        names = [str(folder / name) for name in ("key.pem", "certificate.pem")]
+        command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=segment"
+        options = ["-keyout", names[0], "-out", names[1]]
+        subprocess.run([*command.split(), *options], check=True, capture_output=True)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(names[1], names[0])
+        self.socket = context.wrap_socket(self.socket, server_side=True)
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def handle_error(self, *_: Any) -> None:
+        """Chromium closes connections as it likes."""
+
+
+class SegmentHandler(http.server.BaseHTTPRequestHandler):
+    server: Segment
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def answer(self, payload: bytes, media_type: str = "application/json") -> None:
+        self.server.asked += 1
+        self.send_response(200)
+        self.send_header("Content-Type", media_type)
+        self.send_header("Content-Length", str(len(payload)))
+        self.send_header("Access-Control-Allow-Origin", "*")
+        self.send_header("Access-Control-Allow-Headers", "*, Authorization")
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def do_OPTIONS(self) -> None:
+        self.answer(b"{}")
+
+    def do_GET(self) -> None:
+        if self.path.endswith("/settings"):
+            settings = {"integrations": {"Segment.io": {"apiKey": "WRITEKEY"}}}
+            return self.answer(json.dumps(settings).encode())
+        name = self.path.rpartition("/")[2].replace("analytics.min", "standalone")
+        folder = "@segment/analytics-next/dist/umd"
+        self.answer(node_module(f"{folder}/{name}").read_bytes(), "text/javascript")
+
+    def do_POST(self) -> None:
+        """Takes a call, completes the event, and delivers it, signed."""
+        event = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.answer(b'{"success": true}')
+        if event.pop("writeKey", "") == "WRITEKEY" and self.server.receiver:
+            event["receivedAt"] = "2026-11-23T12:00:00.000Z"
+            text = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+            self.server.receiver.post(text.encode())
+
+
+def node_module(path: str) -> Path:
+    folder = os.environ.get("NODE_MODULES")
+    if not folder:
+        pytest.skip("NODE_MODULES is not set to the folder of the npm packages")
+    return Path(folder, path)
+
+
+class Browser:
+    """A session of WebDriver: a Chromium with a fresh profile, and its current tab."""
+
+    def __init__(self, driver: str, profile: Path, segment: Segment) -> None:
+        self.driver = driver
+        here = f"127.0.0.1:{segment.server_port}"
+        rules = f"MAP cdn.segment.com:443 {here}, MAP api.segment.io:443 {here}"
+        flags = "headless no-sandbox disable-gpu disable-background-networking"
+        flags += " disable-component-update disable-sync no-first-run lang=en"
+        flags += " ignore-certificate-errors"
+        arguments = [f"--{flag}" for flag in flags.split()]
+        arguments += [f"--user-data-dir={profile}", f"--host-resolver-rules={rules}"]
+        options = {"binary": shutil.which("chromium"), "args": arguments}
+        capabilities = {
+            "browserName": "chrome",
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL"},
+        }
+        self.path = "/session"
+        session = self.send("POST", "", {"capabilities": {"alwaysMatch": capabilities}})
+        self.path = f"/session/{session['sessionId']}"
+
+    def send(self, method: str, command: str, parameters: Any = None) -> Any:
+        """Sends one command and returns its value; an error answer fails the test."""
+        connection = http.client.HTTPConnection(self.driver, timeout=60)
+        with contextlib.closing(connection):
+            target = f"{self.path}/{command}" if command else self.path
+            body = None if parameters is None else json.dumps(parameters)
+            connection.request(method, target, body)
+            response = connection.getresponse()
+            value = json.loads(response.read())["value"]
+        assert response.status == 200, f"{method} {command}: {value}"
+        return value
+
+    def devtools(self, command: str, **parameters: Any) -> Any:
+        what = {"cmd": command, "params": parameters}
+        return self.send("POST", "goog/cdp/execute", what)
+
+    def show_as(self, size: str, scheme: str = "light") -> None:
+        width, height = SIZES[size]
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1}
+        phone = size == "phone"
+        self.devtools("Emulation.setDeviceMetricsOverride", mobile=phone, **metrics)
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.devtools("Emulation.setEmulatedMedia", features=features)
+
+    def open(self, receiver: Receiver, page: str = "", shared: str = SHARED) -> None:
+        """Opens the page with the link that the receiver prints."""
+        url = f"http://127.0.0.1:{receiver.port}"
+        secrets = f"#shared={shared}&public={quote(PUBLIC, safe='')}"
+        self.send("POST", "url", {"url": "about:blank"})
+        self.send("POST", "url", {"url": (page or f"{url}/") + secrets})
+        if page:
+            self.script(
+                "const field = document.querySelector('#receiver');"
+                "field.value = arguments[0]; field.onchange()",
+                url,
+            )
+
+    def script(self, body: str, *arguments: Any) -> Any:
+        return self.send("POST", "execute/sync", {"script": body, "args": arguments})
+
+    def click(self, selector: str) -> None:
+        """Clicks as a person does: it fails if something covers the element."""
+        using = {"using": "css selector", "value": selector}
+        [reference] = self.send("POST", "element", using).values()
+        self.send("POST", f"element/{reference}/click", {})
+
+    def wait_for(self, text: str, selector: str = "#status") -> str:
+        """Waits until the text is in an element, and returns all that is in it."""
+        found = "return document.querySelector(arguments[0])?.textContent ?? ''"
+        deadline = time.monotonic() + 20
+        while text not in (content := self.script(found, selector)):
+            assert time.monotonic() < deadline, f"{selector} says {content!r}"
+            time.sleep(0.02)
+        return str(content)
+
+    def station(self, name: str, text: str) -> str:
+        return self.wait_for(text, f"[data-station={name}] .station")
+
+    def errors(self) -> list[str]:
+        """Takes out of the console what scripts and requests that failed left there."""
+        entries = self.send("POST", "se/log", {"type": "browser"})
+        return [e["message"] for e in entries if e["level"] in ("SEVERE", "WARNING")]
+
+
+@pytest.fixture(scope="session")
+def segment(tmp_path_factory: pytest.TempPathFactory) -> Segment:
+    return Segment(tmp_path_factory.mktemp("segment"))
+
+
+@pytest.fixture(scope="session")
+def chromium(
+    segment: Segment, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Browser]:
+    """The Chromium that tests share: to start one takes as long as a test."""
+    for program in ("chromium", "chromedriver"):
+        if not shutil.which(program):
+            pytest.skip(f"no {program} here")
+    port = free_port()
+    command = ["chromedriver", f"--port={port}"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as driver:
+        address = ("127.0.0.1", port)
+        wait_until(lambda: socket.socket().connect_ex(address) == 0)
+        profile = tmp_path_factory.mktemp("chromium")
+        browser = Browser(f"127.0.0.1:{port}", profile, segment)
+        yield browser
+        browser.send("DELETE", "")
+        driver.terminate()
+
+
+@pytest.fixture
+def browser(chromium: Browser, start: Start) -> Iterator[Browser]:
+    """A tab with nothing stored: a receiver's port is new, so it is a new origin.
+
+    Whatever a test expects in the console, it takes out with ``errors``.
+    """
+    chromium.show_as("laptop")
+    yield chromium
+    chromium.send("POST", "url", {"url": "about:blank"})  # it reads back no more
+    assert chromium.errors() == []
+
+
+def only_event(receiver: Receiver) -> Any:
+    [event] = receiver.events().find()
+    return event
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("page", ["from the receiver", "as a file", "through Segment"])
+def test_page_shows_the_whole_way_of_a_click(
+    start: Start, browser: Browser, segment: Segment, page: str, size: str
+) -> None:
+    """All five stations, without a hand on the scroll bar."""
+    receiver = start("--demo")
+    browser.show_as(size)
+    asked = segment.asked
+    browser.open(receiver, PAGE.as_uri() if page == "as a file" else "")
+    browser.wait_for("MongoDB up", "#connection-state")
+    if page == "as a file":  # it looked on the usual port, or on the last test's
+        browser.errors()
+    if page == "through Segment":
+        segment.receiver = receiver
+        browser.click("input[value=segment]")
+        fill = "const key = document.querySelector('#write-key');"
+        browser.script(f"{fill} key.value = 'WRITEKEY'; key.onchange()")
+    browser.click(".btn")
+    browser.station("document", "equal")
+    event = only_event(receiver)
+    for name, texts in {
+        "call": ['analytics.track("Favorited"', '"Roses"'],
+        "event": ["Favorited", "Roses", event["messageId"]],
+        "signature": ["shared secret"],
+        "answer": ["200", event["_id"]] if page != "through Segment" else ["Segment"],
+        "document": [event["_id"], "Roses", "= equal"],
+    }.items():
+        for text in texts:
+            browser.station(name, text)
+    hidden = browser.script(
+        "return [...document.querySelectorAll('.station')].filter((station) => {"
+        "const { top, bottom, left, right } = station.getBoundingClientRect();"
+        "return top < 0 || left < 0 || bottom > innerHeight || right > innerWidth; })"
+        ".map((station) => station.textContent)"
+    )
+    assert hidden == []
+    assert (segment.asked > asked) == (page == "through Segment")
+    assert browser.script("return document.querySelector('.btn.loved') !== null")
+    if page == "from the receiver":
+        sent = browser.script(
+            "document.querySelector('[data-station=signature] .more').click();"
+            "return document.querySelector('.exact').textContent"
+        )
+        assert list(json.loads(sent).items()) == list(event.items())[1:]
+        assert sign(sent.encode()) in browser.station("signature", "X-Signature")
+
+
+EXPERIMENTS = [
+    ("again", "still one document", "200", 1),
+    ("change", "nothing stored", "401", 1),
+    ("shared", "nothing stored", "401", 1),
+    ("public", "before a byte of the body was read", "401", 1),
+    ("batch", "three documents", "200", 4),
+    ("burst", "events a second", "200", 101),
+    ("nul", "rejected/", "422", 1),
+]
+
+
+@pytest.mark.parametrize("name, did, status, documents", EXPERIMENTS)
+def test_page_experiments(
+    start: Start, browser: Browser, name: str, did: str, status: str, documents: int
+) -> None:
+    receiver = start("--demo")
+    browser.open(receiver)
+    browser.click(".btn")
+    browser.station("document", "equal")
+    browser.click(f"[data-try={name}]")
+    browser.wait_for(did)
+    browser.station("answer", status)
+    assert receiver.events().count_documents({}) == documents
+    if status == "200":
+        browser.station("document", "equal")
+    else:
+        browser.station("document", "Not stored")
+        assert all(f" {status} " in error for error in browser.errors())
+
+
+def test_page_guides_through_an_outage(
+    start: Start, browser: Browser, tmp_path: Path
+) -> None:
+    """The receiver comes back with the same made-up secrets, and the page finds it."""
+    own_mongod = Mongod(tmp_path / "own")
+    none = {"SEGMENT_SHARED_SECRET": None, "SEGMENT_PUBLIC_SECRET": None}
+    receiver = start("--demo", uri=own_mongod.uri, **none)
+    wait_until(lambda: "demo page" in receiver.log)
+    link = re.search(r"demo page +(\S+)", receiver.log)
+    assert link
+    browser.send("POST", "url", {"url": link[1]})
+    browser.wait_for("MongoDB up", "#connection-state")
+    browser.click("#outage-open")
+    receiver.stop()
+    browser.click(".btn")
+    browser.station("answer", "none")
+    browser.station("document", "no receiver has it")
+    receiver.start()
+    browser.station("document", "equal")
+    own_mongod.kill()
+    browser.click(".btn[data-item-name=Tulips]")
+    browser.station("answer", "202")
+    browser.station("document", "it waits in spool/")
+    own_mongod.start()
+    browser.wait_for("Spooled, then stored")
+    browser.station("document", "equal")
+    items = [event["properties"]["itemName"] for event in receiver.events().find()]
+    assert sorted(items) == ["Roses", "Tulips"]
+    browser.errors()
+    own_mongod.stop()
+
+
+@needs("curl")
+def test_page_copies_a_command_that_runs(start: Start, browser: Browser) -> None:
+    receiver = start("--demo")
+    browser.open(receiver)
+    origin = f"http://127.0.0.1:{receiver.port}"
+    permissions = ["clipboardReadWrite", "clipboardSanitizedWrite"]
+    browser.devtools("Browser.grantPermissions", origin=origin, permissions=permissions)
+    browser.click(".btn")
+    browser.station("document", "equal")
+    browser.click("#copy-curl")
+    browser.wait_for("Copied", "#copy-curl")
+    command = browser.script("return navigator.clipboard.readText()")
+    shell = ["sh", "-c", command]
+    answer = subprocess.run(shell, check=True, capture_output=True, text=True)
+    assert json.loads(answer.stdout)["duplicate"] is True
+
+
+def test_page_says_which_secret_is_wrong(start: Start, browser: Browser) -> None:
+    receiver = start("--demo")
+    browser.open(receiver, shared="wrong")
+    browser.click(".btn")
+    assert "SEGMENT_SHARED_SECRET" in browser.wait_for("401")
+    change = "const field = document.querySelector('#public');"
+    browser.script(f"{change} field.value = 'wrong'; field.onchange()")
+    browser.click(".btn")
+    browser.wait_for("SEGMENT_PUBLIC_SECRET")
+    browser.station("document", "Not stored")
+    assert browser.errors()
+
+
+def test_page_keeps_its_log_and_no_secret(start: Start, browser: Browser) -> None:
+    receiver = start("--demo")
+    receiver.events().insert_one(track(properties={"itemName": NASTY}))
+    browser.open(receiver)
+    browser.wait_for(NASTY, "#favorites")  # as text
+    browser.click(".btn")
+    browser.station("document", "equal")
+    kept = browser.script("return JSON.stringify([{...sessionStorage}, localStorage])")
+    assert SHARED not in kept and PUBLIC not in kept
+    assert "secret" not in browser.script("return location.href")
+    browser.send("POST", "refresh", {})
+    browser.station("document", "equal")
+    browser.wait_for("Roses 200", "#earlier")
+    browser.click("#clear")
+    assert "Roses" not in browser.wait_for("", "#earlier")
+    assert browser.script("return window.hacked ?? null") is None
+
+
+def test_page_works_by_keyboard(start: Start, browser: Browser) -> None:
+    browser.open(start("--demo"))
+    keys = {"type": "key", "id": "keyboard", "actions": []}
+    focused = "return document.activeElement.matches('.btn')"
+    for value in ("\ue004",) * 12 + ("\ue007",):  # Tab until a heart, then Enter
+        if value == "\ue007" or not browser.script(focused):
+            moves = [{"type": move, "value": value} for move in ("keyDown", "keyUp")]
+            browser.send("POST", "actions", {"actions": [keys | {"actions": moves}]})
+    browser.station("document", "equal")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_page_is_accessible(
+    start: Start, browser: Browser, size: str, scheme: str
+) -> None:
+    browser.open(start("--demo"))
+    browser.show_as(size, scheme)
+    browser.click(".btn")
+    browser.station("document", "equal")
+    opened = (
+        "document.querySelectorAll('.more, summary').forEach((each) => each.click())"
+    )
+    browser.script(opened)
+    browser.script(node_module("axe-core/axe.min.js").read_text())
+    results = browser.script("return axe.run().then(({ violations }) => violations)")
+    assert [(each["id"], each["nodes"]) for each in results] == []
+
+
+def test_page_is_one_small_file_that_says_what_it_is() -> None:
+    text = PAGE.read_text()
+    assert len(PAGE.read_bytes()) < 60_000 and text.count("\n") <= 1081
+    assert "innerHTML" not in text and "Content-Security-Policy" in text
+    assert "<noscript><p><strong>JavaScript is off.</strong>" in text
