@@ -2841,8 +2841,9 @@ def test_the_readmes_mongosh_snippets(mongod: Mongod) -> None:
     for line in readme_block("js", "createIndex").splitlines():
         keys = javascript(line[line.index("(") + 1 : line.rindex(")")])
         database.events.create_index(list(keys.items()))
-    capped = argument("createCollection", '"events", ')
-    assert database.create_collection("capped", **capped).options() == capped
+    database.events.insert_one(track(event="Order Completed", timestamp="2027"))
+    (funnel,) = database.events.aggregate(argument("Order Completed", "aggregate("))
+    assert (funnel["favorited"], funnel["ordered"]) == (1, 1)
     role = argument("createRole", "createRole(", ")\ndb.createUser")
     mongod.client.admin.command("createRole", role.pop("role"), **role)
 
