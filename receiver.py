@@ -523,7 +523,7 @@ def open_collection(settings: Settings) -> Any:
 
 def words(text: str) -> str:
     """Returns a message's beginning, up to where it may quote an event."""
-    return re.split("[:{\"'\n]", text)[0].strip()[:200]
+    return re.split("[:{\"'\n]|, full error", text)[0].strip()[:200]
 
 
 def describe(error: BaseException) -> str:
@@ -678,22 +678,26 @@ class Disk:
         self.bytes = sum(status.st_size for status in found.values())
         return {name: found[name].st_mtime for name in sorted(found)}
 
-    def read(self, name: str, offset: int, most: int) -> tuple[list[bytes], int, bool]:
-        """Returns documents from there on, where they end, and whether it is the file's.
+    def read(self, name: str, progress: Progress) -> tuple[list[bytes], int, bool]:
+        """Returns the next documents, where they end, and whether it is the file's end.
 
-        They have ``most`` bytes together, or it is one. A document without ``_id`` is set
-        aside, since a repeated try would store it again; so is a file where what comes
-        next is no document: FileNotFoundError.
+        They have ``progress.most`` bytes together, or it is one. One without ``_id`` is
+        set aside, since a repeated try would store it again; so is a file where what
+        comes next is no document: FileNotFoundError.
         """
         documents: list[bytes] = []
-        end = offset
         with open(self.spool / name, "rb") as file:
-            length = os.fstat(file.fileno()).st_size
-            file.seek(offset)
+            status = os.fstat(file.fileno())
+            if (
+                progress.inode != status.st_ino
+            ):  # also if somebody laid another one there
+                progress.inode, progress.offset = status.st_ino, 0
+            length, end = status.st_size, progress.offset
+            file.seek(end)
             while end < length or not length:
                 head = file.read(4)
                 size = int.from_bytes(head, "little")
-                if documents and end + size - offset > most:
+                if documents and end + size - progress.offset > progress.most:
                     break
                 # MongoDB's own documents may be 16 KiB larger than those of its users.
                 is_size = 5 <= size <= MAX_BSON_BYTES + 16 * KIB
@@ -711,13 +715,15 @@ class Disk:
                 else:
                     self.keep(document, f"spool/{name}, at byte {end}: no _id", ".bson")
                 end += size
-        return documents, end, end == length
+        return documents, end, end >= length
 
-    def remove(self, name: str) -> None:
-        size = (self.spool / name).stat().st_size
-        os.unlink(self.spool / name)
-        self.files -= 1
-        self.bytes -= size
+    def remove(self, name: str, inode: int) -> None:
+        """Removes a file, unless it is another one by now."""
+        status = (self.spool / name).stat()
+        if status.st_ino == inode:
+            os.unlink(self.spool / name)
+            self.files -= 1
+            self.bytes -= status.st_size
 
     def keep(self, data: bytes, reason: str, suffix: str) -> None:
         """Keeps in ``rejected/`` what can be no document, and why."""
@@ -753,6 +759,7 @@ def sync_folder(path: Path) -> None:
 class Progress:
     """How far a file of the spool has been delivered, and how its next piece is tried."""
 
+    inode: int = 0
     offset: int = 0
     most: int = PIECE_BYTES
     failures: int = 0  # in a row
@@ -986,7 +993,7 @@ class Storage:
         again, is_last = name.endswith(REFUSED), False
         try:
             while not is_last:
-                work = (self.disk.read, name, progress.offset, progress.most)
+                work = (self.disk.read, name, progress)
                 documents, end, is_last = await self.on_disk(*work)
                 results = await self._try(documents, progress)
                 if results is None:
@@ -999,9 +1006,10 @@ class Storage:
                     await self.on_disk(self.disk.put, left, REFUSED, math.inf)
                     self.counters["refused"] += 0 if again else len(left)
                 progress.offset = end
-            await self.on_disk(self.disk.remove, name)
-        except FileNotFoundError:
-            pass  # it was set aside, or somebody took it away
+            await self.on_disk(self.disk.remove, name, progress.inode)
+            del self._progress[name]
+        except FileNotFoundError:  # it was set aside, or somebody took it away
+            del self._progress[name]
         except OSError as error:
             log.warning("spool/%s waits: %s", name, error.strerror)
         return True
@@ -1920,6 +1928,7 @@ def welcome(settings: Settings, url: str, made_up: bool) -> str:
         fragment = "" if settings.public_secrets else f"#public={public}"
         return f"demo page: {url}/{fragment}"
     shared = settings.shared_secrets[0].decode()
+    now = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
     return f"""
 No SEGMENT_SHARED_SECRET is set, so this is a demo with secrets that are made up.
 
@@ -1930,7 +1939,7 @@ No SEGMENT_SHARED_SECRET is set, so this is a demo with secrets that are made up
 
 Send a signed event from another terminal:
 
-body='{{"type":"track","event":"Favorited","properties":{{"itemName":"Roses"}}}}'
+body='{{"type":"track","event":"Favorited","properties":{{"itemName":"Roses"}},"timestamp":"{now}"}}'
 signature=$(printf %s "$body" | openssl dgst -sha1 -hmac '{shared}' | sed 's/.* //')
 curl -X POST '{url}/webhook?secret={public}' \\
   -H 'Content-Type: application/json' -H "X-Signature: $signature" -d "$body"

@@ -1653,6 +1653,20 @@ def test_a_full_disk_is_503_and_loses_nothing(
         assert stored_by_id(receiver) == {event["messageId"]: event for event in sent}
 
 
+@concurrently
+def test_each_file_of_one_name_is_delivered(start: Start) -> None:
+    """A dump that takes the name of the last one is not taken for its rest."""
+    receiver = start(command=hurried(RETRY_SECONDS=2))
+    for size in (1000, 1, 3):
+        dump = receiver.data / "dump.bson"
+        dump.write_bytes(
+            b"".join(bson.encode({"_id": f"{size}-{i}"}) for i in range(size))
+        )
+        moved = dump.rename(receiver.data / "spool" / "dump.bson")
+        wait_until(lambda path=moved: not path.exists())
+    assert receiver.events().count_documents({}) == 1004
+
+
 # --- Guarantees: every acknowledged event is in MongoDB in the end ------------------------
 
 
