@@ -3004,11 +3004,11 @@ class Browser:
         self.send("POST", "url", {"url": "about:blank"})
         self.send("POST", "url", {"url": (page or f"{url}/") + secrets})
         if page:
-            self.script(
-                "const field = document.querySelector('#receiver');"
-                "field.value = arguments[0]; field.onchange()",
-                url,
-            )
+            self.fill("receiver", url)
+
+    def fill(self, field: str, text: str) -> None:
+        change = f"const field = document.querySelector('#{field}');"
+        self.script(f"{change} field.value = arguments[0]; field.onchange()", text)
 
     def script(self, body: str, *arguments: Any) -> Any:
         return self.send("POST", "execute/sync", {"script": body, "args": arguments})
@@ -3095,8 +3095,7 @@ def test_page_shows_the_whole_way_of_a_click(
     if page == "through Segment":
         segment.receiver = receiver
         browser.click("input[value=segment]")
-        fill = "const key = document.querySelector('#write-key');"
-        browser.script(f"{fill} key.value = 'WRITEKEY'; key.onchange()")
+        browser.fill("write-key", "WRITEKEY")
     browser.click(".btn")
     browser.station("document", "equal")
     event = only_event(receiver)
@@ -3157,6 +3156,29 @@ def test_page_experiments(
         assert all(f" {status} " in error for error in browser.errors())
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_page_does_not_jump(start: Start, browser: Browser, size: str) -> None:
+    """What a status says has its room before it comes, whatever it is."""
+    browser.show_as(size)
+    browser.open(start("--demo"))
+    browser.wait_for("MongoDB up", "#connection-state")
+    places = (
+        "return [...document.querySelectorAll('.btn, .station, [data-try]')]"
+        ".map((each) => Math.round(each.getBoundingClientRect().top + scrollY))"
+    )
+    before = browser.script(places)
+    browser.click(".btn")
+    browser.station("document", "equal")
+    assert browser.script(places) == before
+    for name, did, status, _ in EXPERIMENTS:
+        browser.click(f"[data-try={name}]")
+        browser.wait_for(did)
+        browser.station("answer", status)
+        browser.station("document", "equal" if status == "200" else "Not stored")
+        assert browser.script(places) == before, name
+    browser.errors()
+
+
 def test_page_guides_through_an_outage(
     start: Start, browser: Browser, tmp_path: Path
 ) -> None:
@@ -3211,12 +3233,17 @@ def test_page_says_which_secret_is_wrong(start: Start, browser: Browser) -> None
     browser.open(receiver, shared="wrong")
     browser.click(".btn")
     assert "SEGMENT_SHARED_SECRET" in browser.wait_for("401")
-    change = "const field = document.querySelector('#public');"
-    browser.script(f"{change} field.value = 'wrong'; field.onchange()")
+    browser.fill("public", "wrong")
     browser.click(".btn")
     browser.wait_for("SEGMENT_PUBLIC_SECRET")
     browser.station("document", "Not stored")
     assert browser.errors()
+    browser.fill("shared", SHARED)
+    browser.fill("public", PUBLIC)
+    browser.click("[data-try=again]")  # it was refused before, so it is no duplicate
+    browser.station("document", "equal")
+    assert "already" not in browser.wait_for("200 Stored")
+    assert receiver.events().count_documents({}) == 1
 
 
 def test_page_keeps_its_log_and_no_secret(start: Start, browser: Browser) -> None:
