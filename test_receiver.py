@@ -1667,6 +1667,31 @@ def test_each_file_of_one_name_is_delivered(start: Start) -> None:
     assert receiver.events().count_documents({}) == 1004
 
 
+@concurrently
+def test_a_refused_file_rests_and_no_wrong_clock_holds_it(start: Start) -> None:
+    receiver = start(command=hurried(RETRY_SECONDS=0.02))
+    for name, age in (("of tomorrow", -86400), ("rested", 40), ("resting", 0)):
+        file = receiver.data / name
+        file.write_bytes(bson.encode({"_id": name}))
+        tried = time.time() - age
+        os.utime(file, (tried, tried))
+        file.rename(receiver.data / "spool" / f"{name}.refused.bson")
+    wait_until(lambda: receiver.stored().keys() >= {"of tomorrow", "rested"})
+    time.sleep(0.3)
+    assert "resting" not in receiver.stored()
+
+
+@concurrently
+def test_mongodb_is_tried_again_though_nothing_is_in_the_spool(
+    start: Start, own_mongod: Mongod
+) -> None:
+    receiver = start(uri=own_mongod.uri, RECEIVER_MAX_SPOOL_BYTES="0")
+    own_mongod.kill()
+    assert receiver.post(track()).status == 503
+    own_mongod.start()
+    wait_until(lambda: receiver.post(track()).status == 200)
+
+
 # --- Guarantees: every acknowledged event is in MongoDB in the end ------------------------
 
 
