@@ -1,18 +1,13 @@
 """Receives Segment's webhooks, proves that they come from Segment, stores every event.
 
-It goes down the page in the order in which an event passes through it:
+It goes down the page as an event passes through it: 1. Settings, 2. Authenticity (is
+this body Segment's?), 3. Events (bytes, JSON, documents), 4. Storage (group commit into
+MongoDB, a spool on disk behind it), 5. HTTP, 6. Process.
 
-1. Settings      flags, environment, credential files
-2. Authenticity  is this body Segment's?
-3. Events        bytes -> JSON -> documents ready for MongoDB
-4. Storage       group commit into MongoDB, with a spool on disk behind it
-5. HTTP          secret, length, signature, body, then 2, 3, 4 and one answer
-6. Process       an embedded MongoDB, systemd, signals, main
-
-In a hurry? ``Handler.do_POST`` in section 5, then what it calls (``authenticate``,
-``parse_events``, ``Storage.store``, ``insert``) is the whole integration; the rest is
-what makes it last. One thread, asyncio's, owns all state, so nothing is locked; what
-blocks (pymongo, the disk, the log) has threads of its own.
+In a hurry? ``Handler.do_POST``, then what it calls (``authenticate``, ``parse_events``,
+``Storage.store``, ``insert``) is the whole integration; the rest is what makes it last.
+One thread, asyncio's, owns all state, so nothing is locked; what blocks (pymongo, the
+disk, the log) has threads of its own.
 """
 
 from __future__ import annotations
@@ -45,6 +40,7 @@ import tempfile
 import threading
 import time
 import warnings
+from asyncio import StreamReader, StreamWriter
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,15 +70,10 @@ T = TypeVar("T")
 
 LOCAL_MONGODB = "127.0.0.1:27017"
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-RANGES = {
-    "port": (0, 65535),
-    "max_body_bytes": (1, GIB),
-    "max_connections": (1, 100_000),
-    "max_spool_bytes": (0, GIB**2),
-}
-SECRETS = """\
-Secrets come from the environment or, in small letters, as a file's name, from
-$CREDENTIALS_DIRECTORY (systemd), never from the command line, which everybody can read:
+SECRETS = "SEGMENT_SHARED_SECRET", "SEGMENT_PUBLIC_SECRET", "MONGODB_URI"
+ABOUT_SECRETS = """\
+Secrets come from the environment or from systemd's credentials, files of these names
+in small letters, never from the command line, which everybody can read:
   SEGMENT_SHARED_SECRET  keys Segment's signature; without it this is a demo
   SEGMENT_PUBLIC_SECRET  ?secret=... of the webhook's URL; without it none is asked for
   MONGODB_URI            as --mongodb-uri, which takes no password
@@ -94,9 +85,12 @@ class SettingsError(Exception):
     """A setting that cannot be used; its text is the one line that the user sees."""
 
 
-def setting(environment: str, default: Any, help: str) -> Any:
+WHOLE_NUMBERS = range(1, GIB**2)
+
+
+def setting(names: str, default: Any, about: str, values: range = WHOLE_NUMBERS) -> Any:
     """Declares a field that a flag of the same name or the environment sets."""
-    metadata = {"names": environment.split(), "help": help}
+    metadata = {"names": names.split(), "about": about, "values": values}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -104,54 +98,59 @@ def setting(environment: str, default: Any, help: str) -> Any:
 class Settings:
     """All that can be set. Sizes are in bytes."""
 
-    shared_secrets: tuple[bytes, ...] = ()
-    public_secrets: tuple[bytes, ...] = ()
-    events_secrets: tuple[bytes, ...] = ()  # for GET /events
-    demo: bool = False
-    check: bool = False
-    trust_batches: bool = setting(
-        "SEGMENT_TRUST_BATCHES", False, "take unproven batches"
-    )
-    mongodb_uri: str = setting("MONGODB_URI", "", f"else {LOCAL_MONGODB}")
+    shared_secrets: tuple[bytes, ...]
+    public_secrets: tuple[bytes, ...]
+    events_secrets: tuple[bytes, ...]  # for GET /events
+    demo: bool
+    check: bool
+    trust_batches: bool = setting("SEGMENT_TRUST_BATCHES", False, "take unproven ones")
+    mongodb_uri: str | None = setting("MONGODB_URI", None, f"else {LOCAL_MONGODB}")
     database: str = setting("MONGODB_DATABASE", "segment", "MongoDB's database")
     collection: str = setting("MONGODB_COLLECTION", "events", "MongoDB's collection")
     host: str = setting("RECEIVER_HOST", "127.0.0.1", "address to listen on")
-    port: int = setting("RECEIVER_PORT PORT", 8080, "port to listen on")
+    port: int = setting("RECEIVER_PORT PORT", 8080, "to listen on", range(65536))
     data_dir: str = setting("RECEIVER_DATA_DIR", "data", "for spool/ and the like")
     max_body_bytes: int = setting("RECEIVER_MAX_BODY_BYTES", 16 * MIB, "largest body")
     max_connections: int = setting("RECEIVER_MAX_CONNECTIONS", 512, "most at once")
-    max_spool_bytes: int = setting("RECEIVER_MAX_SPOOL_BYTES", GIB, "largest spool/")
+    max_spool_bytes: int = setting(
+        "RECEIVER_MAX_SPOOL_BYTES", GIB, "largest spool/", range(GIB**2)
+    )
 
     @classmethod
     def load(cls, arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
-        """Reads flags, environment and credential files; a flag beats the environment.
-
-        Raises SettingsError; exits for --help.
-        """
-        options = [field for field in dataclasses.fields(cls) if field.metadata]
-        values = parse_flags(options, arguments)
-        for option in options:
-            name, source = option.name, "--" + option.name.replace("_", "-")
-            for variable in option.metadata["names"]:
-                if name not in values and variable in environment:
-                    source, values[name] = variable, environment[variable]
-            if name in values:
-                values[name] = convert(option, source, values[name])
-        if folders := environment.get("STATE_DIRECTORY"):  # of systemd
-            values.setdefault("data_dir", folders.split(":")[0])
-        values.setdefault("mongodb_uri", secret("MONGODB_URI", environment))
-        shared = secret("SEGMENT_SHARED_SECRET", environment)
-        public = tuple(secret("SEGMENT_PUBLIC_SECRET", environment).encode().split())
-        values |= {"shared_secrets": tuple(shared.encode().split())}
-        values |= {"public_secrets": public, "events_secrets": public}
+        """Reads flags, else environment and credentials. Raises SettingsError."""
+        if any(re.search("//[^/@]*:[^/@]*@", argument) for argument in arguments):
+            why = "the process list would show its password: set MONGODB_URI instead"
+            raise SettingsError(f"--mongodb-uri: {why}")
+        environment = with_credentials(environment)
+        values = vars(make_parser(environment).parse_args(arguments))
+        shared, public = (
+            tuple(environment.get(name, "").encode().split()) for name in SECRETS[:2]
+        )
         values["demo"] |= not (shared or values["check"])
-        settings = cls(**values)
+        settings = cls(shared, public, public, **values)
         if settings.demo and not is_loopback(settings.host):
             why = "--demo" if shared else "no SEGMENT_SHARED_SECRET is set"
-            raise SettingsError(
-                f"{why}: --host must be loopback, not {settings.host!r}"
-            )
+            why += f": --host must be loopback, not {settings.host!r}"
+            raise SettingsError(why)
         return settings
+
+
+def with_credentials(environment: Mapping[str, str]) -> dict[str, str]:
+    """Adds what systemd hands over as files and folders. Raises SettingsError."""
+    known = dict(environment)
+    for variable in SECRETS:
+        source, folder = variable, known.get("CREDENTIALS_DIRECTORY")
+        if folder and variable not in known:
+            source = f"credential {variable.lower()}"
+            with contextlib.suppress(FileNotFoundError):
+                file = Path(folder, variable.lower())
+                known[variable] = os.fsdecode(file.read_bytes()).strip()
+        if variable in known:
+            known[variable] = usable(source, known[variable])
+    if folders := known.get("STATE_DIRECTORY"):
+        known.setdefault("RECEIVER_DATA_DIR", folders.split(":")[0])
+    return known
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -159,52 +158,54 @@ class OneLineParser(argparse.ArgumentParser):
         raise SettingsError(message)
 
 
-def parse_flags(options: Iterable[Any], arguments: Sequence[str]) -> dict[str, Any]:
-    """Returns the values of the flags that are given. Raises SettingsError."""
+def make_parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
+    """Returns a parser for the flags; what is not given comes from the environment."""
     parser = OneLineParser(
         prog="receiver.py",
         description="Stores every event that Segment's webhooks bring in MongoDB.",
-        epilog=SECRETS,
+        epilog=ABOUT_SECRETS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     about = "serve the demo page; on by itself without a shared secret"
-    parser.add_argument("--demo", action="store_true", default=False, help=about)
+    parser.add_argument("--demo", action="store_true", help=about)
     about = "test the settings, MongoDB and the spool, then exit"
-    parser.add_argument("--check", action="store_true", default=False, help=about)
+    parser.add_argument("--check", action="store_true", help=about)
     switch: dict[str, Any] = {"nargs": "?", "const": "yes", "metavar": "no"}
-    for option in options:
-        where = ", else ".join(option.metadata["names"])
-        default = f"; default {option.default}" if option.default else ""
-        about = f"{option.metadata['help']} [{where}{default}]"
-        more = switch if option.type == "bool" else {}
-        parser.add_argument("--" + option.name.replace("_", "-"), help=about, **more)
-    values = vars(parser.parse_args(arguments))
-    if re.search("//[^/@]*:[^/@]*@", values.get("mongodb_uri", "")):
-        why = "the process list would show its password"
-        raise SettingsError(f"--mongodb-uri: {why}: set MONGODB_URI instead")
-    return values
+    for field in dataclasses.fields(Settings):
+        if names := field.metadata.get("names"):
+            flag = "--" + field.name.replace("_", "-")
+            default = f"; default {field.default}" if field.default else ""
+            given = [environment[name] for name in names if name in environment]
+            parser.add_argument(
+                flag,
+                help=f"{field.metadata['about']} [{', else '.join(names)}{default}]",
+                default=[*given, field.default][0],
+                type=functools.partial(convert, field, ", ".join([flag, *names])),
+                **(switch if field.type == "bool" else {}),
+            )
+    return parser
 
 
-def convert(option: Any, source: str, text: str) -> Any:
-    """Returns a value of the option's type. Raises SettingsError."""
-    usable(source, text)
-    if option.type == "bool":
+def convert(field: dataclasses.Field[Any], source: str, text: str) -> Any:
+    """Returns a value of the field's type. Raises SettingsError."""
+    text, values = usable(source, text), field.metadata["values"]
+    if field.type == "bool":
         if text.lower() not in {"1", "true", "yes", "on", "0", "false", "no", "off"}:
             raise SettingsError(f"{source}: {text!r} is neither yes nor no")
         return text.lower() in {"1", "true", "yes", "on"}
-    if option.type == "int":
-        least, most = RANGES[option.name]
-        if not (re.fullmatch("[0-9]{1,18}", text) and least <= int(text) <= most):
-            limits = f"a whole number from {least} to {most}"
-            raise SettingsError(f"{source}: {text!r} is not {limits}")
-        return int(text)
-    return text
+    if field.type != "int":
+        return text
+    if not re.fullmatch("[0-9]{1,18}", text) or int(text) not in values:
+        limits = f"a whole number from {values[0]} to {values[-1]}"
+        raise SettingsError(f"{source}: {text!r} is not {limits}")
+    return int(text)
 
 
 def usable(source: str, text: str) -> str:
     """Returns a value as it is. Raises SettingsError where it was clearly garbled."""
+    if source.lower().endswith("secret"):  # line ends may stand between secrets
+        text = " ".join(text.split())
     if not text.strip():
         raise SettingsError(f"{source} is empty: give it a value or take it away")
     if found := re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", text):
@@ -214,25 +215,6 @@ def usable(source: str, text: str) -> str:
     if is_secret and text[0] == text[-1] and text[0] in "\"'":
         raise SettingsError(f"{source} is in quotes: take them away")
     return text
-
-
-def secret(variable: str, environment: Mapping[str, str]) -> str:
-    """Returns a secret from the environment or a systemd credential, else "".
-
-    Raises SettingsError for one that is there and cannot be used.
-    """
-    source, text = variable, environment.get(variable)
-    folder = environment.get("CREDENTIALS_DIRECTORY")
-    if text is None and folder:
-        source = f"credential {variable.lower()}"
-        try:
-            text = os.fsdecode(Path(folder, variable.lower()).read_bytes())
-        except FileNotFoundError:
-            return ""
-        except OSError as error:
-            raise SettingsError(f"{source}: {error.strerror}") from None
-    # What separates secrets may be line ends.
-    return "" if text is None else usable(source, " ".join(text.split()))
 
 
 def is_loopback(host: str) -> bool:
@@ -245,16 +227,14 @@ def is_loopback(host: str) -> bool:
 
 
 class Refused(Exception):
-    """A request or an event that is not accepted: HTTP status, reason for the sender.
+    """A request or an event is not accepted: HTTP status, reason for sender and log.
 
-    Segment gives up on 4xx at once, and tries 5xx again for four hours. A reason quotes
-    nothing that came from outside, since it goes into the log.
+    Segment gives up on 4xx at once, and tries 5xx again for four hours.
     """
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(status, reason)
-        self.status = status
-        self.reason = reason
+        self.status, self.reason = status, reason
 
 
 def sign(body: bytes, secret: bytes) -> str:
@@ -266,8 +246,7 @@ def sign(body: bytes, secret: bytes) -> str:
 
 @functools.cache
 def keyed(secret: bytes) -> hmac.HMAC:
-    """Prepares a key. ``hmac.digest`` would let go of the interpreter's lock each time,
-    and wait for it again while a thread inserts: 5 % of the time (bench/run.py)."""
+    # hmac.digest would wait for the interpreter's lock while a thread inserts: 5 % slower.
     return hmac.new(secret, digestmod="sha1")
 
 
@@ -294,18 +273,16 @@ def first_event(batch: bytes, start: int) -> bytes:
 
 
 def authenticate(body: bytes, signature: str, settings: Settings) -> bool:
-    """Raises Refused (401) unless Segment signed the body; tells how to read it.
+    """Raises Refused (401) unless Segment signed the body; tells if events are wrapped.
 
     Of a batch Segment signs ``JSON.stringify(events[0])`` only, whose bytes follow the
     ``[``: that proves a batch of one, and a longer one if the operator trusts its rest.
-    *Extensible Webhook* sends ``[{"json":event}, ...]`` and signs the bare event: then
-    the result is True, and every element is to be unwrapped. Seen in Segment's code:
+    *Extensible Webhook* sends ``[{"json":event}, ...]`` and signs the bare event. Seen in
     https://github.com/segmentio/action-destinations (webhook, webhook-extensible).
     """
     keys = settings.shared_secrets
     if verify(body, signature, keys):
         return False
-    reason = "X-Signature does not match the body"
     for before, after in ((b"[", b"]"), (b'[{"json":', b"}]")):
         if body.startswith(before):
             start = len(before)
@@ -313,6 +290,7 @@ def authenticate(body: bytes, signature: str, settings: Settings) -> bool:
             first = first_event(body, start) if settings.trust_batches else b""
             if any(event and verify(event, signature, keys) for event in (only, first)):
                 return start > 1
+    reason = "X-Signature does not match the body"
     if body.startswith(b"[") and not settings.trust_batches:
         reason += ": of a batch Segment signs the first event only: turn batching off, "
         reason += "or set SEGMENT_TRUST_BATCHES=1"
@@ -324,8 +302,12 @@ def authenticate(body: bytes, signature: str, settings: Settings) -> bool:
 # https://www.mongodb.com/docs/manual/reference/limits/
 MAX_DEPTH = 100
 MAX_BSON_BYTES = 16 * MIB
-TOO_DEEP = f"BSON cannot hold it: nested more than {MAX_DEPTH} levels deep"
+TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def unfit(why: str) -> Refused:
+    return Refused(422, f"BSON cannot hold it: {why}")
 
 
 def integer(digits: str) -> int | float:
@@ -344,8 +326,6 @@ DECODER = json.JSONDecoder(parse_int=integer, parse_constant=not_json)
 
 
 class Document(NamedTuple):
-    """An event ready for MongoDB."""
-
     id: Any
     bson: bytes
 
@@ -359,24 +339,22 @@ class Events(NamedTuple):
 
 
 def parse_events(body: bytes, wrapped: bool) -> Events:
-    """Turns an authentic body into documents; ``wrapped`` is ``authenticate``'s result.
+    """Turns an authentic body into documents.
 
-    Raises Refused: 400 unless it is a JSON object or an array of objects in UTF-8, 422
-    if BSON can hold none of them.
+    Raises Refused: 400 if it is no JSON object or array of objects, 422 if BSON can hold
+    none of them.
     """
     try:
         value = DECODER.decode(str(body, "utf-8"))
     except RecursionError:
-        raise Refused(422, TOO_DEEP) from None
+        raise unfit(TOO_DEEP) from None
     except UnicodeDecodeError as error:
         raise Refused(400, f"not UTF-8: at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise Refused(400, f"not JSON: at character {error.pos}") from None
     is_batch = isinstance(value, list)
     events = value if is_batch else [value]
-    if wrapped and all(
-        isinstance(each, dict) and [*each] == ["json"] for each in events
-    ):
+    if wrapped and all(isinstance(e, dict) and [*e] == ["json"] for e in events):
         events = [each["json"] for each in events]
     if not all(isinstance(event, dict) for event in events):
         raise Refused(400, "neither a JSON object nor an array of objects")
@@ -385,9 +363,8 @@ def parse_events(body: bytes, wrapped: bool) -> Events:
         try:
             documents.append(to_document(event))
         except Refused as refused:
-            faults.append(
-                f"{refused.reason} (event {index})" if is_batch else refused.reason
-            )
+            place = f" (event {index})" if is_batch else ""
+            faults.append(refused.reason + place)
     if faults and not documents:
         raise Refused(422, "\n".join(faults))
     return Events(is_batch, documents, faults)
@@ -413,15 +390,13 @@ def has_operator(value: Any) -> bool:
 def to_document(event: dict[str, Any]) -> Document:
     """Encodes an event. Raises Refused (422) for what BSON cannot hold.
 
-    ``messageId`` is unique and stays the same over Segment's retries and replays: as
-    ``_id`` it makes storing an event a second time impossible.
+    ``messageId`` stays the same over Segment's retries and replays: as ``_id`` it makes
+    storing an event a second time impossible.
     """
     try:
         if own := "_id" in event:
             if isinstance(event["_id"], list) or has_operator(event["_id"]):
-                raise Refused(
-                    422, "BSON cannot hold it: _id is an array or has a $ key"
-                )
+                raise unfit("_id is an array or has a $ key")
         else:
             name = event.get("messageId")
             event["_id"] = name if name and isinstance(name, str) else ObjectId()
@@ -435,13 +410,13 @@ def to_document(event: dict[str, Any]) -> Document:
         # Nesting that deep takes more bytes of these types than most events have.
         levels = encoded.count(b"\x03") + encoded.count(b"\x04")
         if levels > MAX_DEPTH and depth(event) > MAX_DEPTH:
-            raise Refused(422, TOO_DEEP)
+            raise unfit(TOO_DEEP)
     except bson.errors.InvalidDocument:
-        raise Refused(422, "BSON cannot hold it: a NUL in a key") from None
+        raise unfit("a NUL in a key") from None
     except RecursionError:
-        raise Refused(422, TOO_DEEP) from None
+        raise unfit(TOO_DEEP) from None
     if len(encoded) > MAX_BSON_BYTES:
-        raise Refused(422, f"BSON cannot hold it: more than {MAX_BSON_BYTES} bytes")
+        raise unfit(f"more than {MAX_BSON_BYTES} bytes")
     return Document(event["_id"], encoded)
 
 
@@ -456,7 +431,7 @@ def without_lone_surrogates(value: Any) -> Any:
         return value
     copy = {clean(name): clean(item) for name, item in value.items()}
     if len(copy) != len(value):
-        raise Refused(422, "BSON cannot hold it: keys differ only in a lone surrogate")
+        raise unfit("keys differ only in a lone surrogate")
     return copy
 
 
@@ -466,36 +441,27 @@ INSERT_SECONDS = 1.8  # an event waits for the insert before its own, and for it
 RETRY_SECONDS = 1.0  # between two rounds of the spool
 REFUSED_SECONDS = 30.0  # a file of refused documents rests so long after its last try
 WEDGED_SECONDS = 20.0  # a batch that takes longer stops the watchdog's feed
-# A piece of the spool, and the time that it may take: so much, and more for its bytes.
-PIECE_BYTES = MIB
-PIECE_SECONDS = 5.0
-PIECE_BYTES_PER_SECOND = 60_000
-# A batch goes at once if none is in flight, else this long after the last one. To a near
-# MongoDB it is one at a time; with MongoDB 20 ms away the median answer takes 2.5 round
-# trips with one in flight, 1.6 with four, 1.5 with eight (256 connections).
-BATCH_SECONDS = 0.005
-MAX_IN_FLIGHT = 4
+PIECE_BYTES = MIB  # of the spool, for one insert
+PIECE_SECONDS, PIECE_BYTES_PER_SECOND = 5.0, 60_000  # the time that it may take
+BATCH_SECONDS = 0.005  # so long after the last batch one goes beside it
+MAX_IN_FLIGHT = 4  # with MongoDB 20 ms away 1.6 round trips an event; with one, 2.5
 MAX_BATCH_EVENTS = 1000
 MAX_BATCH_BYTES = 4 * MIB  # pymongo makes copies
 MAX_WAITING_EVENTS = 20_000
 DUPLICATE_KEY = 11000  # MongoDB's error code
 REFUSED = ".refused.bson"  # how the names of files end that rest
 AS_STORED = CodecOptions(document_class=RawBSONDocument)  # nothing is converted
-Batch = list[tuple[list[bytes], asyncio.Future[list[str]]]]  # documents, their results
+Sent = tuple[list[bytes], asyncio.Future[list[str]]]  # documents, their results
 
 
 def open_collection(settings: Settings) -> Any:
-    """Returns the collection; its write concern is majority and journaled by default.
-
-    It connects when it is used. Raises SettingsError for a connection string that pymongo
-    refuses or warns of, without a piece of the string, which may hold a password.
-    """
+    """Returns the collection. Raises SettingsError for a connection string that pymongo
+    refuses or warns of, without a piece of the string, which may hold a password."""
     uri = settings.mongodb_uri or f"mongodb://{LOCAL_MONGODB}"
-    options: dict[str, Any] = {"connect": False, "appname": "segment-receiver"}
     # How soon a host is asked again that swallows packets, or a primary that was lost.
-    for name, value in (("connectTimeoutMS", 2000), ("heartbeatFrequencyMS", 1000)):
-        if name.lower() not in uri.lower():
-            options[name] = value
+    options: dict[str, Any] = {"connectTimeoutMS": 2000, "heartbeatFrequencyMS": 1000}
+    options = {n: v for n, v in options.items() if n.lower() not in uri.lower()}
+    options |= {"connect": False, "appname": "segment-receiver"}
     try:
         if uri.count("@") > 1:
             raise ValueError("an @ in the user's name or password is written %40")
@@ -504,12 +470,12 @@ def open_collection(settings: Settings) -> Any:
         given = client.write_concern.document
         if given.get("w") == 0:
             raise ValueError("with w=0 MongoDB never says that it stored an event")
-        concern = WriteConcern(**{"w": "majority", "j": True, **given})
         # https://www.mongodb.com/docs/manual/reference/limits/
         if not re.fullmatch(r'[^/\\. "$*<>:|?]{1,63}', settings.database):
             raise errors.InvalidName("the database cannot have that name")
-        database = client[settings.database]
-        return database.get_collection(settings.collection, write_concern=concern)
+        concern = WriteConcern(**{"w": "majority", "j": True, **given})
+        collection = client[settings.database][settings.collection]
+        return collection.with_options(write_concern=concern)
     except errors.InvalidName as error:
         raise SettingsError(f"MONGODB_DATABASE, MONGODB_COLLECTION: {error}") from None
     except (errors.PyMongoError, ValueError, OSError, UserWarning) as error:
@@ -537,18 +503,17 @@ def describe(error: BaseException) -> str:
 def is_repeat(collection: Any, data: bytes, fault: Mapping[str, Any]) -> bool:
     """Tells whether a duplicate key means that MongoDB holds this very event.
 
-    So it is where the key is a ``messageId``, Segment's own word for a repeat. In every
-    other case (an ``_id`` of the event's own, a collation, a service that does not name
-    the key) a look at what stands under the ``_id`` decides. Raises PyMongoError.
+    So it is where the key is a ``messageId``, Segment's own word for a repeat. Otherwise
+    (an ``_id`` of the event's own, a collation, a service that does not name the key) a
+    look at what stands under the ``_id`` decides. Raises PyMongoError.
     """
     event = RawBSONDocument(data)
     name = event.get("messageId")
     is_named = isinstance(name, str) and name != ""
     by_message_id = is_named and event["_id"] == name
-    if "collation" not in fault:
-        key = [*fault.get("keyPattern", ())]
-        if (key == ["_id"] and by_message_id) or (key == ["messageId"] and is_named):
-            return True
+    key = [] if "collation" in fault else [*fault.get("keyPattern", ())]
+    if (key == ["_id"] and by_message_id) or (key == ["messageId"] and is_named):
+        return True
     primary = collection.with_options(AS_STORED, pymongo.ReadPreference.PRIMARY)
     try:
         found = primary.find_one({"_id": {"$eq": event["_id"]}})
@@ -556,22 +521,19 @@ def is_repeat(collection: Any, data: bytes, fault: Mapping[str, Any]) -> bool:
         if error.timeout:
             raise
         return False  # its user may not look
+    if found is None or by_message_id:
+        return found is not None and bool(found["_id"] == name)
     # Compared as BSON, since to Python 1, 1.0 and True are one; MongoDB puts _id first.
-    if found is None or bson.encode({"": found["_id"]}) != bson.encode(
-        {"": event["_id"]}
-    ):
-        return False
-    same = bson.encode({"_id": 0, **found}) == bson.encode({"_id": 0, **event})
-    return by_message_id or same
+    first = {"_id": None}
+    return bson.encode(first | dict(found)) == bson.encode(first | dict(event))
 
 
 def insert(
     collection: Any, documents: Sequence[bytes], seconds: float
 ) -> tuple[list[str], dict[int, str]]:
-    """Inserts documents; returns what became of each, and MongoDB's words by their code.
+    """Returns "stored", "duplicate" or "refused" for each, and MongoDB's words by code.
 
-    A result is "stored", "duplicate" or "refused". Raises what pymongo raises where
-    nothing is known of any of them.
+    Raises what pymongo raises where nothing is known of any of them.
     """
     results = ["stored"] * len(documents)
     complaints: dict[int, str] = {}
@@ -580,14 +542,11 @@ def insert(
             collection.insert_many(map(RawBSONDocument, documents), ordered=False)
         except errors.BulkWriteError as error:
             for fault in error.details["writeConcernErrors"]:
-                why = fault["errmsg"], fault["code"]
-                raise errors.WriteConcernError(*why) from None
+                raise errors.WriteConcernError(words(fault["errmsg"]), fault["code"])
             for fault in error.details["writeErrors"]:
                 index, code = fault["index"], fault["code"]
-                data = documents[index]
-                if code == DUPLICATE_KEY and is_repeat(collection, data, fault):
-                    results[index] = "duplicate"
-                else:
+                data, results[index] = documents[index], "duplicate"
+                if code != DUPLICATE_KEY or not is_repeat(collection, data, fault):
                     results[index] = "refused"
                     complaints[code] = words(fault["errmsg"])
     return results, complaints
@@ -596,8 +555,8 @@ def insert(
 class Disk:
     """``spool/`` and ``rejected/``: files that survive a power cut.
 
-    Once it is open, all methods run in one thread, one after the other, and raise
-    OSError. ``files`` and ``bytes`` are what the spool holds, as far as is known.
+    Its methods run in one thread, and raise OSError. ``files`` and ``bytes`` are what the
+    spool holds, as far as is known.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -607,20 +566,15 @@ class Disk:
         self.files = self.bytes = 0
 
     def open(self) -> None:
-        """Makes the folders, locks them for this process, and tries to write to each.
-
-        Raises SettingsError with the folder's name if that cannot be done.
-        """
+        """Makes, locks and tries the folders. Raises SettingsError, which names one."""
         for folder in (self.data, self.spool, self.rejected):
             try:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 if folder == self.data and sys.platform != "win32":
-                    # Until the process ends, however it ends.
-                    descriptor = os.open(folder, os.O_RDONLY)
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock = os.open(folder, os.O_RDONLY)  # until the process ends
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self.write(folder / ".tmp-probe", b"")
-                # With what was cut off as it was written, so never promised.
-                for unfinished in folder.glob(".tmp-*"):
+                for unfinished in folder.glob(".tmp-*"):  # so never promised
                     unfinished.unlink()
                 sync_folder(folder.parent)
             except BlockingIOError:
@@ -659,8 +613,8 @@ class Disk:
     def require_room(self, size: int, most: float) -> None:
         if self.bytes + size > most:
             self.scan()  # somebody may have made room
-        if self.bytes + size > most:
-            raise OSError(errno.EDQUOT, f"limit of {most} bytes reached")
+            if self.bytes + size > most:
+                raise OSError(errno.EDQUOT, f"limit of {most} bytes reached")
 
     def probe(self, size: int) -> None:
         """Finds out whether an event of that many bytes could be written."""
@@ -681,19 +635,16 @@ class Disk:
     def read(self, name: str, progress: Progress) -> tuple[list[bytes], int, bool]:
         """Returns the next documents, where they end, and whether it is the file's end.
 
-        They have ``progress.most`` bytes together, or it is one. One without ``_id`` is
-        set aside, since a repeated try would store it again; so is a file where what
-        comes next is no document: FileNotFoundError.
+        They have ``progress.most`` bytes together, or it is one. One without ``_id``,
+        which a second try would store again, is set aside; so is a file that is foreign
+        from there on: FileNotFoundError.
         """
         documents: list[bytes] = []
         with open(self.spool / name, "rb") as file:
             status = os.fstat(file.fileno())
-            if (
-                progress.inode != status.st_ino
-            ):  # also if somebody laid another one there
+            if progress.inode != status.st_ino:  # somebody may have laid another there
                 progress.inode, progress.offset = status.st_ino, 0
-            length, end = status.st_size, progress.offset
-            file.seek(end)
+            length, end = status.st_size, file.seek(progress.offset)
             while end < length or not length:
                 head = file.read(4)
                 size = int.from_bytes(head, "little")
@@ -708,7 +659,7 @@ class Disk:
                     if documents:
                         break
                     why = f"spool/{name} is torn, empty or foreign at byte {end}"
-                    self.set_aside(name, why)
+                    self.keep(self.spool / name, why, ".bson")
                     raise FileNotFoundError(errno.ENOENT, why) from None
                 if has_id:
                     documents.append(document)
@@ -725,34 +676,37 @@ class Disk:
             self.files -= 1
             self.bytes -= status.st_size
 
-    def keep(self, data: bytes, reason: str, suffix: str) -> None:
-        """Keeps in ``rejected/`` what can be no document, and why."""
-        name = hashlib.sha256(data).hexdigest()[:32]  # again the same, the same file
-        self.write(self.rejected / f"{name}.reason.txt", f"{reason}\n".encode())
-        self.write(self.rejected / f"{name}{suffix}", data)
-        log.warning("kept in %s: %s", self.rejected, words(reason))
-
-    def set_aside(self, name: str, reason: str) -> None:
-        """Moves a file from the spool to ``rejected/``."""
-        kept = self.rejected / f"{secrets.token_hex(16)}.bson"
+    def keep(self, data: bytes | Path, reason: str, suffix: str) -> None:
+        """Keeps in ``rejected/`` what can be no document, or moves a file there."""
+        # The same bytes again are the same file.
+        same = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else ""
+        kept = self.rejected / f"{same[:32] or secrets.token_hex(16)}{suffix}"
         self.write(kept.with_suffix(".reason.txt"), f"{reason}\n".encode())
-        os.replace(self.spool / name, kept)
-        sync_folder(self.rejected)
-        log.warning("kept as %s: %s", kept, reason)
+        if isinstance(data, bytes):
+            self.write(kept, data)
+        else:
+            os.replace(data, kept)
+            sync_folder(self.rejected)
+        log.warning("kept in %s: %s", self.rejected, words(reason))
 
 
 def sync_folder(path: Path) -> None:
-    """Makes a rename durable; Windows cannot open a folder, and does so by itself."""
-    if sys.platform != "win32":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            log.warning("%s cannot be synced: a power cut may undo a rename", path)
-        finally:
-            os.close(descriptor)
+    """Makes a rename durable; Windows does so by itself."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        log.warning("%s cannot be synced: a power cut may undo a rename", path)
+    finally:
+        os.close(descriptor)
+
+
+def refused_of(documents: Sequence[bytes], results: Sequence[str]) -> list[bytes]:
+    return [data for data, result in zip(documents, results) if result == "refused"]
 
 
 @dataclasses.dataclass
@@ -768,12 +722,11 @@ class Progress:
 class Storage:
     """Stores documents in MongoDB, or on disk while MongoDB does not take them.
 
-    Group commit: all that waits goes out as one insert, and one journal flush serves
-    every event that came during the last one. What MongoDB does not take, whatever it
-    says, is in the spool, and is tried again until it does: error codes differ too much
-    to judge an event by. ``up`` tells whether fresh events are worth a try; while it is
-    false they go to the spool. ``failing`` are the bytes that lately could be kept
-    nowhere, ``counters`` are events since the start.
+    Group commit: all that waits goes out as one insert, and one journal flush serves it.
+    What MongoDB does not take, whatever it says, is tried again from the spool until it
+    does: error codes differ too much to judge an event by. ``up`` tells whether fresh
+    events are worth a try. ``failing`` are the bytes that lately could be kept nowhere,
+    ``counters`` are events since the start.
     """
 
     def __init__(self, collection: Any, disk: Disk) -> None:
@@ -781,13 +734,12 @@ class Storage:
         self.disk = disk
         self.up = True
         self.failing = 0
-        self.counters = Counter(
-            stored=0, duplicates=0, rejected=0, spooled=0, refused=0
-        )
+        names = "stored", "duplicates", "rejected", "spooled", "refused"
+        self.counters = Counter(dict.fromkeys(names, 0))
         self._loop = asyncio.get_running_loop()
         self._mongodb = ThreadPoolExecutor(MAX_IN_FLIGHT + 2)  # and the spool, the demo
         self._disk = ThreadPoolExecutor(1)
-        self._queue: deque[tuple[list[bytes], asyncio.Future[list[str]]]] = deque()
+        self._queue: deque[Sent] = deque()
         self._waiting = 0  # events in the queue or in flight
         self._in_flight: dict[asyncio.Task[None], float] = {}  # since when
         self._next_batch = 0.0  # when another may be sent beside them
@@ -809,8 +761,7 @@ class Storage:
     async def store(self, documents: list[bytes]) -> list[str]:
         """Returns "stored", "duplicate" or "spooled" for each.
 
-        Raises Refused (503) if neither MongoDB nor the disk took one of them, or too
-        much is in flight.
+        Raises Refused (503) if one could be kept nowhere, or too much is in flight.
         """
         if not documents:
             return []
@@ -846,11 +797,8 @@ class Storage:
 
     @property
     def wedged(self) -> bool:
-        """Whether a batch has been in flight for too long."""
         now = self._loop.time()
         return now - min(self._in_flight.values(), default=now) > WEDGED_SECONDS
-
-    # Group commit
 
     def _send(self) -> None:
         """Sends what waits: at once if nothing is in flight, else a moment after it."""
@@ -862,7 +810,7 @@ class Storage:
                 self._sending = self._loop.call_at(self._next_batch, self._send)
                 return
             self._next_batch = now + BATCH_SECONDS
-            batch: Batch = []
+            batch: list[Sent] = []
             events = size = 0
             while self._queue and events < MAX_BATCH_EVENTS and size < MAX_BATCH_BYTES:
                 batch.append(self._queue.popleft())
@@ -870,7 +818,7 @@ class Storage:
                 size += sum(map(len, batch[-1][0]))
             self._in_flight[self._loop.create_task(self._commit(batch))] = now
 
-    async def _commit(self, batch: Batch) -> None:
+    async def _commit(self, batch: list[Sent]) -> None:
         """Stores a batch, or spools it, and gives each of its senders the results."""
         documents = [document for sent, _ in batch for document in sent]
         results = ["lost"] * len(documents)
@@ -905,28 +853,24 @@ class Storage:
             except Exception as error:  # noqa: BLE001, whatever it is, the events wait
                 self.up = False
                 if not self._outage_said:
-                    self._outage_said = True
-                    message = (
-                        "MongoDB cannot take events, they go to %s until it can: %s"
-                    )
-                    log.error(message, self.disk.spool, describe(error))
-        left = [each for each, result in zip(documents, results) if result == "refused"]
+                    said = "MongoDB cannot take events, they go to %s until it can: %s"
+                    log.error(said, self.disk.spool, describe(error))
+                self._outage_said = True
         became, failing = "spooled", 0
-        if left:
+        if left := refused_of(documents, results):
             try:
                 await self.on_disk(self.disk.put, left, suffix, self.disk.max_bytes)
                 self.counters["spooled"] += len(left)
                 self.counters["refused"] += len(left) if suffix == REFUSED else 0
             except OSError as error:
-                message = "events are answered 503: %s: %s"
-                log.warning(message, self.disk.spool, error.strerror)
+                said = "events are answered 503: %s: %s"
+                log.warning(said, self.disk.spool, error.strerror)
                 became, failing = "lost", sum(map(len, left))
         self.failing = failing
         return [became if result == "refused" else result for result in results]
 
     async def _insert(self, documents: Sequence[bytes], seconds: float) -> list[str]:
-        """Calls ``insert``, counts the results and logs the complaints."""
-        work = (insert, self.collection, documents, seconds)
+        work = insert, self.collection, documents, seconds
         results, complaints = await self.on_mongodb(*work)
         self.counters["stored"] += results.count("stored")
         self.counters["duplicates"] += results.count("duplicate")
@@ -942,10 +886,7 @@ class Storage:
             self._outage_said = False
             log.info("MongoDB takes events again")
 
-    # The spool
-
     async def _drain(self) -> None:
-        """Delivers the spool for ever. MongoDB is asked by nothing but its next piece."""
         while True:
             try:
                 await self._round()
@@ -954,10 +895,9 @@ class Storage:
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _round(self) -> None:
-        """Tries every file that is due, until an insert fails as a whole.
+        """Tries every file that is due, refused ones last, until an insert fails as a whole.
 
-        Files of refused documents come last; the next round begins behind the file at
-        which this one ended, so that none holds up the others.
+        The next round begins behind that file, so that none holds up the others.
         """
         found: dict[str, float] = {}  # also where the folder cannot be read
         with contextlib.suppress(OSError):
@@ -965,17 +905,12 @@ class Storage:
             if self.failing:
                 await self.on_disk(self.disk.probe, self.failing)
                 self.failing = 0
-        for name in self._progress.keys() - found:
-            del self._progress[name]
+        self._progress = {n: p for n, p in self._progress.items() if n in found}
         now, after = time.time(), self._after
-        due = [
-            (name.endswith(REFUSED), name <= after, name)
-            for name, tried in found.items()
+        for name in sorted(found, key=lambda n: (n.endswith(REFUSED), n <= after, n)):
             # A time in the future counts as past.
-            if not (name.endswith(REFUSED) and 0 <= now - tried < REFUSED_SECONDS)
-        ]
-        for _, _, name in sorted(due):
-            if not await self._deliver(name):
+            rests = 0 <= now - found[name] < REFUSED_SECONDS
+            if not (rests and name.endswith(REFUSED)) and not await self._deliver(name):
                 self._after = name
                 return
         self.up = True  # else nothing would ask again
@@ -986,19 +921,19 @@ class Storage:
     async def _deliver(self, name: str) -> bool:
         """Delivers a file piece by piece; returns False if an insert failed as a whole.
 
-        Every document has its ``_id``, so an insert can be repeated: a crash at any point
-        costs nothing. What is refused is in a file of its own before this one goes.
+        A crash at any point costs nothing: with its ``_id`` a document can be inserted
+        again, and what is refused is in a file of its own before this one goes.
         """
         progress = self._progress.setdefault(name, Progress())
         again, is_last = name.endswith(REFUSED), False
         try:
             while not is_last:
-                work = (self.disk.read, name, progress)
-                documents, end, is_last = await self.on_disk(*work)
+                read = self.on_disk(self.disk.read, name, progress)
+                documents, end, is_last = await read
                 results = await self._try(documents, progress)
                 if results is None:
                     return False
-                left = [each for each, r in zip(documents, results) if r == "refused"]
+                left = refused_of(documents, results)
                 if again and left == documents and is_last and not progress.offset:
                     await self.on_disk(os.utime, self.disk.spool / name)
                     return True
@@ -1009,29 +944,25 @@ class Storage:
             await self.on_disk(self.disk.remove, name, progress.inode)
             del self._progress[name]
         except FileNotFoundError:  # it was set aside, or somebody took it away
-            del self._progress[name]
+            pass
         except OSError as error:
             log.warning("spool/%s waits: %s", name, error.strerror)
         return True
 
-    async def _try(
-        self, documents: list[bytes], progress: Progress
-    ) -> list[str] | None:
+    async def _try(self, piece: list[bytes], progress: Progress) -> list[str] | None:
         """Returns what became of a piece's documents; None if its insert failed.
 
         After each failure, but one to reach a server, the next piece is half as large and
-        has twice the time: so a slow link, a slow cluster and a document for whose sake
-        MongoDB refuses the whole command each get what they need. Such a document alone,
-        refused again, is refused like others.
+        has twice the time, which a slow link or cluster needs. A document alone for which
+        MongoDB refuses the whole command, twice, is refused like others.
         """
-        if not documents:
+        if not piece:
             return []
-        size, began = sum(map(len, documents)), self._loop.time()
+        size, began = sum(map(len, piece)), self._loop.time()
         seconds = PIECE_SECONDS + size / PIECE_BYTES_PER_SECOND
+        seconds *= 2 ** min(progress.failures, 6)
         try:
-            results = await self._insert(
-                documents, seconds * 2 ** min(progress.failures, 6)
-            )
+            results = await self._insert(piece, seconds)
         except Exception as error:  # noqa: BLE001, whatever it is, they are tried again
             log.warning("%s waits for MongoDB: %s", self.disk.spool, describe(error))
             no_server = isinstance(error, errors.ConnectionFailure)
@@ -1040,7 +971,7 @@ class Storage:
             progress.failures += 1
             progress.most = max(size // 2, 1)
             is_late = getattr(error, "timeout", False)
-            if len(documents) > 1 or is_late or progress.failures < 2:
+            if len(piece) > 1 or is_late or progress.failures < 2:
                 return None
             results = ["refused"]
         else:
@@ -1057,8 +988,8 @@ class Storage:
 
 # --- 5. HTTP --------------------------------------------------------------------------
 
-# RFC 9110 section 5.6.2, RFC 9112 sections 3 and 5, and stricter: no obs-fold, no bare CR
-# or LF. What two parsers could read in two ways is refused. Text is Latin-1: a byte each.
+# RFC 9110 section 5.6.2, RFC 9112 sections 3 and 5, without obs-fold, bare CR and bare LF:
+# what two parsers could read in two ways is refused. Text is Latin-1: a byte each.
 TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 AUTHORITY = r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]+"
 REQUEST_LINE = re.compile(
@@ -1077,16 +1008,12 @@ MAX_FIELDS = 100
 MAX_ID_BYTES = KIB  # in an answer: Segment's client hangs on one of more than 16 KB
 
 IDLE_SECONDS = 180.0  # longer than proxies: who closes first loses a request on its way
-HEAD_SECONDS = 10.0
-BODY_SECONDS = 10.0
+HEAD_SECONDS = BODY_SECONDS = SEND_SECONDS = LINGER_SECONDS = 10.0
 BODY_BYTES_PER_SECOND = 100_000
 ANSWER_SECONDS = 4.0  # Segment waits five; two looks and the way there take the rest
-SEND_SECONDS = 10.0
-LINGER_SECONDS = 10.0
 LOOK_SECONDS = 0.25
 GRACE_SECONDS = 1.0  # so long after it came or was answered a connection makes no room
-READ_BYTES = 64 * KIB
-SMALL_BODY_BYTES = 64 * KIB  # a larger one is worked on in a thread
+READ_BYTES = 64 * KIB  # a body that is larger is worked on in a thread
 MAX_BODIES_BYTES = 32 * MIB  # of all bodies that have come in part
 SPARE_FILES = 30  # descriptors for MongoDB, the disk, the log
 
@@ -1097,10 +1024,14 @@ NO_ROOM = Refused(503, "too many connections")
 NO_MEMORY = Refused(503, "too many large bodies in flight")
 
 
+def malformed(what: str) -> Refused:
+    return Refused(400, f"malformed HTTP: {what}")
+
+
 def parse_fields(lines: str) -> dict[str, str]:
     """Returns fields, names in lower case, repeated ones joined. Raises Refused (400)."""
     if not FIELD_LINES.fullmatch(lines):
-        raise Refused(400, "malformed HTTP: header field")
+        raise malformed("header field")
     fields: dict[str, str] = {}
     for name, value in FIELD.findall(lines):
         name, value = name.lower(), value.strip(" \t")
@@ -1108,12 +1039,11 @@ def parse_fields(lines: str) -> dict[str, str]:
             value = f"{fields[name]}, {value}"  # which no Host or Content-Length can be
         fields[name] = value
     if not CONTENT_LENGTH.fullmatch(fields.get("content-length", "0")):
-        raise Refused(400, "malformed HTTP: Content-Length")
+        raise malformed("Content-Length")
     return fields
 
 
 def members(value: str) -> list[str]:
-    """Returns the members of a field that is a list, in lower case."""
     return [member.strip(" \t") for member in value.lower().split(",")] if value else []
 
 
@@ -1121,10 +1051,9 @@ class Connection(BaseHTTPRequestHandler):
     """A connection is a coroutine: http.server's handler, where what waits is async.
 
     ``command``, ``path`` (without the query), ``query`` and ``headers`` are those of the
-    request in hand, ``unread`` the bytes of its body that have not come. When
-    ``deadline`` has passed on the server's clock the task is cancelled, and ``late`` is
-    what it answers then, None to close without a word. Only a connection that is
-    ``busy`` may have an event on its way to MongoDB.
+    request in hand, ``unread`` the bytes of its body that have not come. After
+    ``deadline``, by the server's clock, the task is cancelled and answers ``late``, or
+    None closes without a word. Only one that is ``busy`` may hold an event.
     """
 
     protocol_version = "HTTP/1.1"
@@ -1134,25 +1063,15 @@ class Connection(BaseHTTPRequestHandler):
     task: asyncio.Task[None]
     methods: ClassVar[dict[str, str]] = {}  # of each path
 
-    def __init__(
-        self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    def __init__(self, server: Server, reader: StreamReader, writer: StreamWriter):
         # Not http.server's __init__, which would handle the connection at once.
         self.server, self.reader, self.writer = server, reader, writer
         self.settings, self.storage = server.settings, server.storage
         self.buffer = b""
         self.since = time.monotonic()  # when it came or last completed a request
         self.held = 0  # bytes of a body that has come in part
-        self.evicted = False
-        self.begin()
+        self.evicted = self.close_connection = False
         self.enter(IDLE_SECONDS, None)
-
-    def begin(self) -> None:
-        """Forgets the request before."""
-        self.wfile = BytesIO()
-        self.command, self.path, self.request_version = "", "", "HTTP/1.1"
-        self.headers, self.unread = {}, 0
-        self.close_connection = True
 
     def enter(self, seconds: float, late: Refused | None, busy: bool = False) -> None:
         self.deadline = self.server.clock + seconds
@@ -1160,17 +1079,12 @@ class Connection(BaseHTTPRequestHandler):
         self.busy = busy
 
     def end(self, late: Refused | None) -> None:
-        """Ends what it waits for."""
         self.late = late
         self.task.cancel()
 
     async def handle(self) -> None:  # type: ignore[override]
         """Reads requests and answers them, until the connection is to be closed."""
         try:
-            if self.evicted:  # before it began
-                self.refuse(NO_ROOM)
-                await self.send()
-            self.close_connection = self.evicted
             while not self.close_connection:
                 await self.handle_one_request()
                 if self.buffer:  # a pipelined request: first it is the others' turn
@@ -1178,16 +1092,18 @@ class Connection(BaseHTTPRequestHandler):
             await self.linger()
         except (OSError, asyncio.CancelledError):
             pass  # the client has gone, or has to go
-        except Exception:
-            log.exception("internal error")
         finally:
             self.server.forget(self)
             self.writer.transport.abort()
 
     async def handle_one_request(self) -> None:  # type: ignore[override]
         """Reads a request and answers it. Raises OSError when the client has gone."""
-        self.begin()
+        self.wfile = BytesIO()
+        self.command, self.path, self.request_version = "", "", "HTTP/1.1"
+        self.headers, self.unread, self.close_connection = {}, 0, True
         try:
+            if self.evicted:  # before it began
+                raise Refused(*NO_ROOM.args)
             if not await self.read_head():
                 return
             self.path = "/webhook" if self.path == "/webhook/" else self.path
@@ -1208,16 +1124,13 @@ class Connection(BaseHTTPRequestHandler):
             log.exception("internal error")
             self.refuse(Refused(503, "internal error"))
         finally:
-            self.server.release(self)
+            self.held = 0
         await self.send()
 
-    # Reading
-
     async def receive(self) -> bytes:
-        """Returns what comes next of a request. Raises Refused if nothing does."""
         data = await self.reader.read(READ_BYTES)
         if not data:
-            raise Refused(400, "malformed HTTP: it ends too early")
+            raise malformed("it ends too early")
         return data
 
     async def read_head(self) -> bool:
@@ -1231,16 +1144,16 @@ class Connection(BaseHTTPRequestHandler):
         self.buffer = self.buffer.removeprefix(b"\r\n")  # RFC 9112 section 2.2
         self.enter(HEAD_SECONDS, INCOMPLETE)
         searched = 0  # a head that comes byte by byte must not cost its length squared
-        while (end := self.buffer.find(b"\r\n\r\n", max(searched - 3, 0))) < 0:
+        while (end := self.buffer.find(b"\r\n\r\n", searched)) < 0:
             if not METHOD_START.match(self.buffer):  # a TLS client waits for an answer
-                raise Refused(400, "malformed HTTP: request line")
-            if BARE_LF_AT_END.search(self.buffer, max(searched - 3, 0)):
-                raise Refused(400, "malformed HTTP: bare LF")
+                raise malformed("request line")
+            if BARE_LF_AT_END.search(self.buffer, searched):
+                raise malformed("bare LF")
             if len(self.buffer) > MAX_HEAD_BYTES + 3:  # its end may have come in part
-                has_target = b"\r\n" in self.buffer[: MAX_TARGET_BYTES + 64]
-                what = "head too large" if has_target else "target too long"
-                raise Refused(431 if has_target else 414, f"request {what}")
-            searched = len(self.buffer)
+                if b"\r\n" in self.buffer[: MAX_TARGET_BYTES + 64]:
+                    raise Refused(431, "request head too large")
+                raise Refused(414, "request target too long")
+            searched = max(len(self.buffer) - 3, 0)
             self.buffer += await self.receive()
         self.enter(ANSWER_SECONDS, LATE, busy=True)
         head, self.buffer = self.buffer[:end], self.buffer[end + 4 :]
@@ -1254,33 +1167,34 @@ class Connection(BaseHTTPRequestHandler):
         if len(match[2] if match else line) > MAX_TARGET_BYTES:
             raise Refused(414, "request target too long")
         if not match:
-            raise Refused(400, "malformed HTTP: request line")
+            raise malformed("request line")
         self.command, _, host, self.path, self.query, minor_version = match.groups("")
         self.request_version = f"HTTP/1.{minor_version}"
         if len(head) > MAX_HEAD_BYTES or lines.count("\r\n") >= MAX_FIELDS:
             raise Refused(431, "request head too large")
         self.headers = headers = parse_fields(lines)
         if "host" not in headers and minor_version == "1":
-            raise Refused(400, "malformed HTTP: Host is missing")
+            raise malformed("Host is missing")
         if host:  # RFC 9112 section 3.2.2
             headers["host"] = host
         if not HOST.fullmatch(headers.get("host", "")):
-            raise Refused(400, "malformed HTTP: Host")
+            raise malformed("Host")
         self.unread = int(headers.get("content-length", "0"))
         options = members(headers.get("connection", ""))
         wanted = minor_version == "1" or "keep-alive" in options
         # Where a body could stand whose end is unknown, no other request can follow.
         framed = "content-length" in headers or self.command in ("GET", "HEAD")
         framed = framed and "transfer-encoding" not in headers
-        self.close_connection = "close" in options or not wanted or not framed
+        self.close_connection = "close" in options or not (wanted and framed)
 
     async def read_body(self) -> bytes:
         """Reads the whole body. Raises Refused."""
         length = self.unread
         if len(self.buffer) < length:
             expects = "100-continue" in members(self.headers.get("expect", ""))
-            # RFC 9110 section 10.1.1
-            if expects and self.request_version == "HTTP/1.1":
+            if (
+                expects and self.request_version == "HTTP/1.1"
+            ):  # RFC 9110 section 10.1.1
                 self.enter(SEND_SECONDS, None, busy=True)
                 self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 await self.writer.drain()
@@ -1296,13 +1210,10 @@ class Connection(BaseHTTPRequestHandler):
         self.enter(ANSWER_SECONDS, LATE, busy=True)
         return body
 
-    # Answering
-
     def answer(self, status: int, value: Any, **headers: str) -> None:
         """Prepares an answer: bytes as they are, anything else as JSON."""
-        payload = (
-            value if isinstance(value, bytes) else json.dumps(value).encode() + b"\n"
-        )
+        is_raw = isinstance(value, bytes)
+        payload = value if is_raw else json.dumps(value).encode() + b"\n"
         self.close_connection |= self.unread > 0 or self.server.stopping or self.evicted
         self.send_response_only(status)
         self.send_header("Date", self.server.date)
@@ -1321,14 +1232,15 @@ class Connection(BaseHTTPRequestHandler):
         status, reason = refused.status, refused.reason
         self.server.unauthorized += status == 401
         log.warning("refused: %d %s", status, words(reason))
-        allowed = self.methods.get(self.path, "")
-        headers = {401: ("WWW-Authenticate", "Bearer"), 405: ("Allow", allowed)}
-        headers[503] = ("Retry-After", "5")
-        named = dict([headers[status]]) if status in headers else {}
-        self.answer(status, {"error": reason[:1000]}, **named)
+        headers = {
+            401: {"WWW-Authenticate": "Bearer"},
+            405: {"Allow": self.methods.get(self.path, "")},
+            503: {"Retry-After": "5"},
+        }
+        self.answer(status, {"error": reason[:1000]}, **headers.get(status, {}))
 
     async def send(self) -> None:
-        """Sends the answer in one write, and waits until the client has taken it."""
+        """Sends the answer in one write, and waits until it is taken."""
         self.enter(SEND_SECONDS, None, busy=not self.evicted)
         self.writer.write(self.wfile.getvalue())
         await self.writer.drain()
@@ -1340,13 +1252,12 @@ class Connection(BaseHTTPRequestHandler):
         self.writer.write_eof()
         if self.evicted:  # its place is another's already
             await asyncio.sleep(0.02)
-        else:
-            while await self.reader.read(READ_BYTES):
-                pass
+        while not self.evicted and await self.reader.read(READ_BYTES):
+            pass
 
 
 class Handler(Connection):
-    """The routes: a ``do_...`` for each method, and what they check."""
+    """The routes: a ``do_...`` for each method, and what it checks."""
 
     methods: ClassVar = {"/webhook": "PATCH, POST, PUT", "/health": "GET, HEAD"}
 
@@ -1381,24 +1292,21 @@ class Handler(Connection):
             fits = type(name) is str and len(name) < 100  # the usual, quickly
             fits = fits or len(json.dumps(name)) <= MAX_ID_BYTES
             value: dict[str, Any] = {"insertedId": name} if fits else {}
-            self.answer(200, value | ({"duplicate": True} if duplicates else {}))
-            return
+            return self.answer(200, value | ({"duplicate": True} if duplicates else {}))
         stored, rejected = results.count("stored"), len(events.faults)
         value = {"inserted": stored, "duplicates": duplicates, "rejected": rejected}
         if spooled:
-            others = {name: count for name, count in value.items() if count}
-            self.answer(202, {"spooled": spooled} | others)
-        else:
-            self.answer(200, value)
+            value = {"spooled": spooled} | {
+                n: count for n, count in value.items() if count
+            }
+        self.answer(202 if spooled else 200, value)
 
     async def do_GET(self) -> None:
         """Says whether events can be kept; counters only to whoever knows the secret."""
         self.refuse_transfer_encoding()
-        storage = self.storage
-        value: dict[str, Any] = {
-            "status": "failing" if storage.failing else "ok",
-            "mongodb": "up" if storage.reachable else "down",
-        }
+        storage, status = self.storage, "failing" if self.storage.failing else "ok"
+        mongodb = "up" if storage.reachable else "down"
+        value: dict[str, Any] = {"status": status, "mongodb": mongodb}
         with contextlib.suppress(Refused):
             self.require_secret(self.settings.public_secrets)
             value |= {**storage.counters, "unauthorized": self.server.unauthorized}
@@ -1424,8 +1332,9 @@ class Handler(Connection):
 
     def refuse_transfer_encoding(self) -> None:
         if "transfer-encoding" in self.headers:
-            reason = "Transfer-Encoding is not supported, send Content-Length"
-            raise Refused(411, reason)
+            raise Refused(
+                411, "Transfer-Encoding is not supported, send Content-Length"
+            )
 
     def require_length(self) -> None:
         """Raises Refused: 411 for a body of unknown length, 413 for a large one."""
@@ -1435,15 +1344,15 @@ class Handler(Connection):
         most = self.settings.max_body_bytes
         if self.unread > most:
             if self.settings.public_secrets:  # of which he knows one
-                message = (
+                said = (
                     "lost, for Segment gives up: %d bytes, RECEIVER_MAX_BODY_BYTES=%d"
                 )
-                log.error(message, self.unread, most)
+                log.error(said, self.unread, most)
             raise Refused(413, f"the limit is {most} bytes")
 
     async def work(self, task: Callable[..., T], body: bytes, *more: Any) -> T:
-        """Does it, with a large body in a thread, one such work after the other."""
-        if len(body) <= SMALL_BODY_BYTES:
+        """Works on a body; on a large one in a thread, one after the other."""
+        if len(body) <= READ_BYTES:
             return task(body, *more)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.server.worker, task, body, *more)
@@ -1452,12 +1361,10 @@ class Handler(Connection):
 class DemoHandler(Handler):
     """The demo's routes, for pages of this machine and nobody else."""
 
-    methods: ClassVar = Handler.methods | {
-        "/webhook": "OPTIONS, PATCH, POST, PUT",
-        "/": "GET, HEAD",
-        "/demo.html": "GET, HEAD",
-        "/events": "GET, HEAD",
-    }
+    pages = dict.fromkeys(["/", "/demo.html", "/events"], "GET, HEAD")
+    methods: ClassVar = (
+        Handler.methods | pages | {"/webhook": "OPTIONS, PATCH, POST, PUT"}
+    )
 
     async def do_GET(self) -> None:
         if self.path == "/health":
@@ -1470,18 +1377,14 @@ class DemoHandler(Handler):
             page = Path(__file__).with_name("demo.html").read_bytes()
         except OSError:
             raise Refused(404, "demo.html is not beside receiver.py") from None
-        headers = {"Content-Security-Policy": "frame-ancestors 'none'"}
-        headers["Content-Type"] = "text/html; charset=utf-8"
+        headers = {"Content-Type": "text/html; charset=utf-8"}
+        headers["Content-Security-Policy"] = "frame-ancestors 'none'"
         self.answer(200, page, **headers)
 
     do_HEAD = do_GET
 
     async def find(self) -> bytes:
-        """Returns the newest documents, or those with an ``_id``, as Extended JSON.
-
-        They are read as raw BSON: else a ``{"$ref": ...}`` would become something else.
-        Raises Refused.
-        """
+        """Returns the newest documents, or one, as Extended JSON. Raises Refused."""
         self.require_secret(self.settings.events_secrets)
         limit, *_ = self.parameters("limit") or [b"20"]
         if not re.fullmatch(rb"[1-9][0-9]?|100", limit):
@@ -1491,15 +1394,15 @@ class DemoHandler(Handler):
         for name in names:  # of an event's own: 0, true, {"b":1}
             with contextlib.suppress(ValueError, RecursionError):
                 ids.append(json.loads(name))
-        query = {"_id": {"$in": ids}} if ids else {}
+        query: dict[str, Any] = {"limit": int(limit), "sort": [("$natural", -1)]}
+        if ids:
+            query = {"filter": {"_id": {"$in": ids}}, "limit": 1}
 
         def find() -> str:
             with pymongo.timeout(INSERT_SECONDS):
                 events = self.storage.collection.with_options(AS_STORED)
-                found = events.find(query).limit(1 if ids else int(limit))
-                found = found if ids else found.sort("$natural", -1)
                 relaxed = bson.json_util.RELAXED_JSON_OPTIONS
-                return bson.json_util.dumps(found, json_options=relaxed)
+                return bson.json_util.dumps(events.find(**query), json_options=relaxed)
 
         try:
             return (await self.storage.on_mongodb(find)).encode()
@@ -1535,39 +1438,29 @@ class DemoHandler(Handler):
 
 
 class Server:
-    """Accepts connections, and limits them, their time and what their bodies hold.
-
-    ``clock`` counts seconds for deadlines, ``date`` is for answers, ``stopping`` tells
-    handlers to close their connection, ``worker`` is the thread for large bodies.
-    """
+    """Accepts connections, and limits them, their time and what their bodies hold."""
 
     def __init__(self, settings: Settings, storage: Storage) -> None:
         self.settings, self.storage = settings, storage
-        self.clock = 0.0
+        self.clock = 0.0  # seconds, for deadlines
         self.date = formatdate(usegmt=True)
         self.stopping = False
         self.unauthorized = 0
         self.worker = ThreadPoolExecutor(1)  # the interpreter has no use for a second
-        self._handlers: set[Connection] = set()
-        # Those that count, in the order in which they last completed a request.
-        self._connections: OrderedDict[Connection, None] = OrderedDict()
+        # In the order in which they last completed a request.
+        self._handlers: OrderedDict[Connection, None] = OrderedDict()
         self._most = settings.max_connections
-        self._held = 0
         self._shows_events = settings.demo or (sys.stderr and sys.stderr.isatty())
 
     async def start(self, listener: socket.socket) -> None:
-        """Begins to accept from a bound socket."""
         if sys.platform != "win32":
             files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
             if files < self._most + SPARE_FILES:
                 self._most = max(files - SPARE_FILES, 1)
-                log.warning(
-                    "at most %d connections: ulimit -n is %d", self._most, files
-                )
+                log.warning("%d connections at most: ulimit -n %d", self._most, files)
         # asyncio's backlog is also how many it accepts at once.
-        self._server = await asyncio.start_server(
-            self._connect, sock=listener, backlog=16
-        )
+        accepting = asyncio.start_server(self._connect, sock=listener, backlog=16)
+        self._server = await accepting
         listener.listen(1024)
 
     async def stop(self, seconds: float) -> None:
@@ -1585,30 +1478,23 @@ class Server:
         for handler in self._handlers:
             handler.end(None)
 
-    # Connections
-
-    def _connect(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    def _connect(self, reader: StreamReader, writer: StreamWriter) -> None:
         """Gives a new connection its handler; at the limit another has to make room."""
         # Else drain() returns with 64 KB unsent, which no deadline would end.
         writer.transport.set_write_buffer_limits(0)
         handler = (DemoHandler if self.settings.demo else Handler)(self, reader, writer)
-        self._handlers.add(handler)
-        if len(self._connections) < self._most or self._make_room():
-            self._connections[handler] = None
-        else:
-            handler.evicted = True
-        handler.task = asyncio.get_running_loop().create_task(handler.handle())
+        counted = sum(not each.evicted for each in self._handlers)
+        handler.evicted = counted >= self._most and not self._make_room()
+        self._handlers[handler] = None
+        handler.task = asyncio.create_task(handler.handle())
 
     def _make_room(self) -> bool:
         """Ends the connection that waits longest; returns False if none does for long."""
         recently = time.monotonic() - GRACE_SECONDS  # its request may be on its way
-        for handler in self._connections:
+        for handler in self._handlers:
             if handler.since > recently:
                 break
-            if not handler.busy:
-                del self._connections[handler]
+            if not (handler.busy or handler.evicted):
                 handler.evicted = True
                 # Not the client's fault: 408 would be the end of an authentic event.
                 handler.end(handler.late and NO_ROOM)
@@ -1617,35 +1503,29 @@ class Server:
 
     def completed(self, handler: Connection) -> None:
         handler.since = time.monotonic()
-        if handler in self._connections:
-            self._connections.move_to_end(handler)
+        self._handlers.move_to_end(handler)
 
     def forget(self, handler: Connection) -> None:
-        self._handlers.discard(handler)
-        self._connections.pop(handler, None)
+        del self._handlers[handler]
 
     def hold(self, handler: Connection, size: int) -> None:
         """Counts what has come of a body; too much ends the one that began first."""
-        self._held += size - handler.held
         handler.held = size
-        while self._held > max(MAX_BODIES_BYTES, self.settings.max_body_bytes):
+        most = max(MAX_BODIES_BYTES, self.settings.max_body_bytes)
+        while sum(each.held for each in self._handlers) > most:
             reading = [each for each in self._handlers if each.held and not each.busy]
             first = min(reading, key=lambda each: each.began)
-            self.release(first)
+            first.held = 0
             first.end(NO_MEMORY)  # its next wait, if it is this one
 
-    def release(self, handler: Connection) -> None:
-        self._held -= handler.held
-        handler.held = 0
-
-    async def watch(self, mongod: EmbeddedMongoDB) -> None:
+    async def watch(self) -> None:
         """Looks a few times a second who is late, and does what else is due."""
         suspects: set[Connection] = set()
         looked = time.monotonic()
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            # The process may have been paused: what came meanwhile has to be read before
-            # anybody is late, so a pause counts for little, and one look is not enough.
+            # After a pause of the process, what came meanwhile has to be read before
+            # anybody is late: so a pause counts for little, and one look is not enough.
             now = time.monotonic()
             self.clock += min(now - looked, 0.5)
             looked = now
@@ -1654,14 +1534,13 @@ class Server:
                 handler.end(handler.late)
             suspects = late
             self.date = formatdate(usegmt=True)
-            mongod.report_end()
             if not self.storage.wedged:
                 counts, up = self.storage.counters, "up" if self.storage.up else "down"
                 status = f"{counts['stored']} stored, {counts['spooled']} spooled"
                 notify(f"WATCHDOG=1\nSTATUS={status}, MongoDB {up}")
 
     def show(self, results: Sequence[str], documents: Sequence[Document]) -> None:
-        """Lets somebody who watches a terminal see each event land."""
+        """Shows each event to somebody who watches a terminal."""
         for result, document in zip(results, documents) if self._shows_events else ():
             event = RawBSONDocument(document.bson)
             said = (event.get("type"), event.get("event", event.get("name")))
@@ -1671,12 +1550,10 @@ class Server:
 
 # --- 6. Process -----------------------------------------------------------------------
 
-PRIORITIES = {logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
 MAX_LOG_RECORDS = 1000
 QUIET_SECONDS = 600.0  # so long the log does not repeat a warning
-# A track call as Segment sends it, for --check.
 MOMENT = "2026-01-31T12:00:00.000Z"
-SAMPLE = {
+SAMPLE = {  # a track call as Segment sends it, for --check
     "type": "track", "event": "Checked", "properties": {"itemName": "Roses"},
     "userId": None, "anonymousId": "check", "integrations": {},
     "context": {"library": {"name": "analytics.js", "version": "2.0.0"}},
@@ -1685,26 +1562,38 @@ SAMPLE = {
 
 
 class LogFormatter(logging.Formatter):
-    """A line for each record, its level as journald wants it: sd-daemon(3)."""
+    """A line for each record, with its level as journald wants it: sd-daemon(3)."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = "".join(
-            char if char.isprintable() else char.encode("unicode_escape").decode()
-            for char in super().format(record)
-        )
+        plain = super().format(record)
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in plain)
         status = os.fstat(2)  # is it the journal? systemd.exec(5)
         if os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}":
-            return f"<{PRIORITIES.get(record.levelno, 3)}>{text}"
+            priority = {logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3)
+            return f"<{priority}>{text}"
         return f"{time.strftime('%H:%M:%S')} {record.levelname:7} {text}"
 
 
 class PatientLog(logging.handlers.QueueHandler):
     """Hands records to a thread of their own, so that a log nobody reads stops nothing.
 
-    What does not fit into the queue is dropped and counted.
+    What does not fit into the queue is dropped and counted; a warning that was logged
+    lately is dropped: an outage is said once, a flood too.
     """
 
     dropped = 0
+    logged: ClassVar[dict[str, float]] = {}  # when
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
+        text, now = record.getMessage(), time.monotonic()
+        if now - self.logged.get(text, -QUIET_SECONDS) < QUIET_SECONDS:
+            return False
+        if len(self.logged) > MAX_LOG_RECORDS:
+            self.logged.clear()
+        self.logged[text] = now
+        return True
 
     def enqueue(self, record: logging.LogRecord) -> None:
         if self.dropped:
@@ -1714,21 +1603,6 @@ class PatientLog(logging.handlers.QueueHandler):
             self.dropped = 0
         except queue.Full:
             self.dropped += 1
-
-
-class Once(logging.Filter):
-    """Drops a warning that was logged lately: an outage is said once, a flood too."""
-
-    logged: ClassVar[dict[str, float]] = {}  # when
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        text, now = record.getMessage(), time.monotonic()
-        is_new = now - self.logged.get(text, -QUIET_SECONDS) >= QUIET_SECONDS
-        if is_new and record.levelno == logging.WARNING:
-            if len(self.logged) > MAX_LOG_RECORDS:
-                self.logged.clear()
-            self.logged[text] = now
-        return is_new
 
 
 def start_log() -> queue.Queue[Any]:
@@ -1742,7 +1616,6 @@ def start_log() -> queue.Queue[Any]:
     logging.handlers.QueueListener(waiting, writer).start()
     logging.root.addHandler(PatientLog(waiting))
     log.setLevel(logging.INFO)
-    log.addFilter(Once())
     return waiting
 
 
@@ -1750,17 +1623,15 @@ def notify(state: str, seconds: float = 0) -> None:
     """Tells systemd, if it is there and listens in that time: sd_notify(3)."""
     address = os.environ.get("NOTIFY_SOCKET")
     if address and sys.platform != "win32":
+        unix = socket.AF_UNIX, socket.SOCK_DGRAM
         # No descriptor may be left, or systemd be slow.
-        with (
-            contextlib.suppress(OSError),
-            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender,
-        ):
+        with contextlib.suppress(OSError), socket.socket(*unix) as sender:
             sender.settimeout(seconds)
             sender.sendto(state.encode(), re.sub("^@", "\0", address))
 
 
 def open_listener(settings: Settings) -> tuple[socket.socket, str]:
-    """Returns systemd's listening socket, sd_listen_fds(3), or one it binds; and its URL.
+    """Returns systemd's listening socket, sd_listen_fds(3), or one of its own; its URL.
 
     Raises SettingsError if neither can be had.
     """
@@ -1837,22 +1708,21 @@ class EmbeddedMongoDB:
             return "set MONGODB_URI, or pip install -r requirements.txt"
         host, port = LOCAL_MONGODB.split(":")
         record = self.folder / "mongod.log"
-        arguments = f"--bind_ip {host} --port {port} --quiet"
-        arguments += " --networkMessageCompressors disabled"
+        options = (
+            f"--quiet --networkMessageCompressors disabled --bind_ip {host} --port"
+        )
+        argv = [binary, *options.split(), port, "--dbpath", str(self.folder)]
+        argv += ["--logpath", str(record)]
         if sys.platform != "win32":  # where a stranger's file in /tmp would stop it
-            arguments += " --nounixsocket"
-        command = [binary, *arguments.split(), "--dbpath", str(self.folder)]
+            argv.append("--nounixsocket")
+        null = subprocess.DEVNULL
         with tempfile.TemporaryFile() as words:
             try:
                 self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 socket.create_server((host, int(port))).close()  # the port is free
-                # A session of its own: Ctrl-C is the receiver's, whose last insert needs it.
+                # In a session of its own, Ctrl-C does not end it before the last insert.
                 self._process = subprocess.Popen(  # noqa: ASYNC220, it takes a moment
-                    [*command, "--logpath", str(record)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=words,
-                    start_new_session=True,
+                    argv, stdin=null, stdout=null, stderr=words, start_new_session=True
                 )
             except OSError as error:
                 return f"cannot start {binary} on {LOCAL_MONGODB}: {error.strerror}"
@@ -1874,12 +1744,6 @@ class EmbeddedMongoDB:
         }.get(status, reason)
         return f"{binary} ended with status {status}: {why}"
 
-    def report_end(self) -> None:
-        """Logs, once, if it ended although nobody stopped it."""
-        if self._pid and self._process and self._process.poll() is not None:
-            self._pid, status = 0, self._process.returncode
-            log.error("mongod ended with status %d: restart the receiver", status)
-
     async def stop(self, seconds: float) -> None:
         """Stops it, or after that time kills it, which its journal makes safe."""
         end = time.monotonic() + seconds
@@ -1894,10 +1758,10 @@ class EmbeddedMongoDB:
 
 
 def with_demo_secrets(settings: Settings, disk: Disk) -> Settings:
-    """Returns a demo's settings, with secrets in the place of those that are not given.
+    """Returns a demo's settings, with secrets for those that are not given.
 
-    They are made up once and kept in the data folder, so that a restart leaves the open
-    demo page and a pasted command working. Raises SettingsError.
+    They are kept in the data folder, so that a restart leaves the open demo page and a
+    pasted command working. Raises SettingsError.
     """
     path = disk.data / "demo-secrets"
     try:
@@ -1908,20 +1772,19 @@ def with_demo_secrets(settings: Settings, disk: Disk) -> Settings:
     except (OSError, ValueError):
         raise SettingsError(f"{path} cannot be read: delete it") from None
     known = settings.public_secrets or (public,)
+    replace = functools.partial(dataclasses.replace, events_secrets=known)
     if settings.shared_secrets:
-        return dataclasses.replace(settings, events_secrets=known)
-    settings = dataclasses.replace(settings, shared_secrets=(shared,))
-    return dataclasses.replace(settings, public_secrets=known, events_secrets=known)
+        return replace(settings)
+    return replace(settings, shared_secrets=(shared,), public_secrets=known)
 
 
 def say(text: str) -> None:
-    """Prints, in a thread of its own: standard output may be full, or gone."""
+    """Prints, in a thread: standard output may be full, or gone."""
     with contextlib.suppress(OSError, ValueError):
         print(text, flush=True)
 
 
 def welcome(settings: Settings, url: str, made_up: bool) -> str:
-    """Returns what somebody who starts a demo wants to know."""
     public = quote(settings.events_secrets[0], safe="")
     if not made_up:
         # A secret of the user's own is not printed; one made up for /events has to be.
@@ -1951,9 +1814,8 @@ README.md goes on from here to Segment itself. Ctrl-C stops.
 def try_mongodb(collection: Any) -> str:
     """Tries what storing an event takes, and stores nothing; returns how much that proves.
 
-    An insert in a transaction that is aborted finds blocked writes, a view, a validator,
-    a missing right; it raises what stands in the way. A standalone MongoDB, which has no
-    transactions, gets an insert that must fail, for its ``_id``.
+    An insert in a transaction, then aborted, raises what stands in the way. A standalone
+    MongoDB, which has no transactions, gets an insert that must fail, for its ``_id``.
     """
     client = collection.database.client
     with pymongo.timeout(5):
@@ -1968,14 +1830,12 @@ def try_mongodb(collection: Any) -> str:
             return "MongoDB took an event in a transaction, which was aborted"
         with contextlib.suppress(errors.BulkWriteError):
             collection.insert_many([RawBSONDocument(bson.encode({"_id": []}))])
-    return (
-        "MongoDB answers and lets this user insert; being no replica set it cannot show "
-        "whether a validator or a view stands in the way"
-    )
+    proof = "MongoDB answers and lets this user insert; being no replica set it cannot "
+    return proof + "show whether a validator or a view stands in the way"
 
 
 def check(settings: Settings) -> int:
-    """Logs what would keep events from being stored, and what to do; 1 if anything."""
+    """Logs what would keep events from being stored; returns 1 if anything."""
     faults, proof = [], ""
     if not settings.shared_secrets:
         faults.append("SEGMENT_SHARED_SECRET is not set: no event could be verified")
@@ -2000,15 +1860,13 @@ def check(settings: Settings) -> int:
 async def serve(settings: Settings) -> int:
     """Starts everything in order, waits for a signal, and stops it in reverse order."""
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(
-        lambda _, what: log.warning("asyncio: %s", what["message"])
-    )
+    loop.set_exception_handler(lambda _, what: log.warning("%s", what["message"]))
     stop = asyncio.Event()
-    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP, nohup ignores it
-        nohup = name == "SIGHUP" and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        if number and not nohup:
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)  # which nohup ignores
+    for number in signals:
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
     disk = Disk(settings)
     disk.open()
     made_up = not settings.shared_secrets
@@ -2033,7 +1891,7 @@ async def serve(settings: Settings) -> int:
             said = welcome(settings, url, made_up)
             threading.Thread(target=say, args=(said,), daemon=True).start()
         notify("READY=1", 1)
-        watch = loop.create_task(server.watch(mongod))
+        watch = loop.create_task(server.watch())
         await asyncio.wait({stopped, watch}, return_when=some)
         if not stop.is_set():
             log.error("internal error", exc_info=watch.exception())
@@ -2050,8 +1908,7 @@ async def serve(settings: Settings) -> int:
 
 def main() -> NoReturn:
     """Runs the receiver until SIGTERM, SIGINT or SIGHUP, and ends the process."""
-    # One of the first three descriptors that is closed would be the next socket's.
-    while os.open(os.devnull, os.O_RDWR) < 3:
+    while os.open(os.devnull, os.O_RDWR) < 3:  # else a socket would be standard error
         pass
     waiting = start_log()
     gc.freeze()  # less to look through, and less often: 5 % more events (bench/run.py)
