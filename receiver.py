@@ -42,7 +42,7 @@ import time
 import warnings
 from asyncio import StreamReader, StreamWriter
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
@@ -53,11 +53,9 @@ from urllib.parse import quote, unquote_to_bytes
 
 import bson.json_util
 import pymongo
-from bson.codec_options import CodecOptions
-from bson.objectid import ObjectId
+from bson import CodecOptions, ObjectId
 from bson.raw_bson import RawBSONDocument
-from pymongo import errors
-from pymongo.write_concern import WriteConcern
+from pymongo import WriteConcern, errors
 
 if sys.platform != "win32":
     import fcntl
@@ -372,21 +370,12 @@ def parse_events(body: bytes, wrapped: bool) -> Events:
     return Events(is_batch, documents, faults)
 
 
-def depth(value: Any) -> int:
-    """Returns how many objects and arrays are nested. Raises RecursionError."""
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list):
-        return 0
-    return 1 + max(map(depth, value), default=0)
-
-
-def has_operator(value: Any) -> bool:
-    """Tells whether an object has a key that begins with ``$``, at any depth."""
-    if isinstance(value, dict):
-        named = any(name.startswith("$") for name in value)
-        return named or any(map(has_operator, value.values()))
-    return isinstance(value, list) and any(map(has_operator, value))
+def nested(value: Any, level: int = 1) -> Iterator[tuple[Any, int]]:
+    """Yields each object and array with its level. Raises RecursionError."""
+    if isinstance(value, (dict, list)):
+        yield value, level
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from nested(item, level + 1)
 
 
 def to_document(event: dict[str, Any]) -> Document:
@@ -397,7 +386,9 @@ def to_document(event: dict[str, Any]) -> Document:
     """
     try:
         if own := "_id" in event:
-            if isinstance(event["_id"], list) or has_operator(event["_id"]):
+            parts = [part for part, _ in nested(event["_id"]) if isinstance(part, dict)]
+            is_operator = any(name.startswith("$") for part in parts for name in part)
+            if is_operator or isinstance(event["_id"], list):
                 raise unfit("_id is an array or has a $ key")
         else:
             name = event.get("messageId")
@@ -411,7 +402,7 @@ def to_document(event: dict[str, Any]) -> Document:
             encoded = bson.encode(event)
         # Nesting that deep takes more bytes of these types than most events have.
         levels = encoded.count(b"\x03") + encoded.count(b"\x04")
-        if levels > MAX_DEPTH and depth(event) > MAX_DEPTH:
+        if levels > MAX_DEPTH and any(level > MAX_DEPTH for _, level in nested(event)):
             raise unfit(TOO_DEEP)
     except bson.errors.InvalidDocument:
         raise unfit("a NUL in a key") from None
@@ -524,8 +515,10 @@ def is_repeat(collection: Any, data: bytes, fault: Mapping[str, Any]) -> bool:
         if error.timeout:
             raise
         return False  # its user may not look
-    if found is None or by_message_id:
-        return found is not None and bool(found["_id"] == name)
+    if found is None:
+        return False
+    if by_message_id:
+        return bool(found["_id"] == name)
     # Compared as BSON, since to Python 1, 1.0 and True are one; MongoDB puts _id first.
     first = {"_id": None}
     return bson.encode(first | dict(found)) == bson.encode(first | dict(event))
@@ -545,10 +538,10 @@ def insert(collection: Any, documents: Sequence[bytes], seconds: float) -> Outco
             for fault in error.details["writeConcernErrors"]:
                 raise errors.WriteConcernError(words(fault["errmsg"]), fault["code"])
             for fault in error.details["writeErrors"]:
-                index, code = fault["index"], fault["code"]
-                data, results[index] = documents[index], "duplicate"
-                if code != DUPLICATE_KEY or not is_repeat(collection, data, fault):
-                    results[index] = "refused"
+                data, code = documents[fault["index"]], fault["code"]
+                repeat = code == DUPLICATE_KEY and is_repeat(collection, data, fault)
+                results[fault["index"]] = "duplicate" if repeat else "refused"
+                if not repeat:
                     complaints[code] = words(fault["errmsg"])
     return results, complaints
 
@@ -556,7 +549,8 @@ def insert(collection: Any, documents: Sequence[bytes], seconds: float) -> Outco
 class Disk:
     """``spool/`` and ``rejected/``: files that survive a power cut.
 
-    Its methods run in one thread, and raise OSError.
+    Its methods run in one thread, and raise OSError; to make it is to make, lock and try
+    the folders, and raises SettingsError, which names one.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -564,9 +558,6 @@ class Disk:
         self.spool, self.rejected = self.data / "spool", self.data / "rejected"
         self.max_bytes = settings.max_spool_bytes
         self.files = self.bytes = 0  # in the spool, as far as is known
-
-    def open(self) -> None:
-        """Makes, locks and tries the folders. Raises SettingsError, which names one."""
         for folder in (self.data, self.spool, self.rejected):
             try:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -753,7 +744,6 @@ class Storage:
         self._draining = self._loop.create_task(self._drain())
 
     async def close(self, seconds: float) -> None:
-        """Stores or spools what waits, at most for so long."""
         self._draining.cancel()  # what it has under way is still in the spool
         if self._in_flight:
             await asyncio.wait(self._in_flight, timeout=seconds)
@@ -819,7 +809,6 @@ class Storage:
             self._in_flight[self._loop.create_task(self._commit(batch))] = now
 
     async def _commit(self, batch: list[Sent]) -> None:
-        """Stores a batch, or spools it, and gives each of its senders the results."""
         documents = [document for sent, _ in batch for document in sent]
         results = ["lost"] * len(documents)
         try:
@@ -1082,7 +1071,6 @@ class Connection(BaseHTTPRequestHandler):
         self.task.cancel()
 
     async def handle(self) -> None:  # type: ignore[override]
-        """Reads requests and answers them, until the connection is to be closed."""
         try:
             while not self.close_connection:
                 await self.handle_one_request()
@@ -1149,9 +1137,7 @@ class Connection(BaseHTTPRequestHandler):
             if BARE_LF_AT_END.search(self.buffer, searched):
                 raise malformed("bare LF")
             if len(self.buffer) > MAX_HEAD_BYTES + 3:  # its end may have come in part
-                if b"\r\n" in self.buffer[: MAX_TARGET_BYTES + 64]:
-                    raise Refused(431, "request head too large")
-                raise Refused(414, "request target too long")
+                self.parse_head(self.buffer.decode("latin-1"))  # raises: it is too long
             searched = max(len(self.buffer) - 3, 0)
             self.buffer += await self.receive()
         self.enter(ANSWER_SECONDS, LATE, busy=True)
@@ -1252,8 +1238,6 @@ class Connection(BaseHTTPRequestHandler):
 
 
 class Handler(Connection):
-    """The routes: a ``do_...`` for each method, and what it checks."""
-
     methods: ClassVar = {"/webhook": "PATCH, POST, PUT", "/health": "GET, HEAD"}
 
     async def do_POST(self) -> None:
@@ -1466,7 +1450,6 @@ class Server:
             handler.end(None)
 
     def _connect(self, reader: StreamReader, writer: StreamWriter) -> None:
-        """Gives a new connection its handler; at the limit another has to make room."""
         writer.transport.set_write_buffer_limits(0)  # drain() is to wait for all
         handler = (DemoHandler if self.settings.demo else Handler)(self, reader, writer)
         counted = sum(not each.evicted for each in self.handlers)
@@ -1745,10 +1728,10 @@ def with_demo_secrets(settings: Settings, disk: Disk) -> Settings:
     except (OSError, ValueError):
         raise SettingsError(f"{path} cannot be read: delete it") from None
     known = settings.public_secrets or (public,)
-    replace = functools.partial(dataclasses.replace, events_secrets=known)
-    if settings.shared_secrets:
-        return replace(settings)
-    return replace(settings, shared_secrets=(shared,), public_secrets=known)
+    if not settings.shared_secrets:
+        settings = dataclasses.replace(settings, shared_secrets=(shared,))
+        settings = dataclasses.replace(settings, public_secrets=known)
+    return dataclasses.replace(settings, events_secrets=known)
 
 
 def say(text: str) -> None:
@@ -1814,7 +1797,6 @@ def check(settings: Settings) -> int:
         faults.append("SEGMENT_SHARED_SECRET is not set: no event could be verified")
     collection = open_collection(settings)
     disk = Disk(settings)
-    disk.open()
     try:
         disk.probe(4096)
     except OSError as error:
@@ -1831,7 +1813,6 @@ def check(settings: Settings) -> int:
 
 
 async def serve(settings: Settings) -> int:
-    """Starts everything in order, waits for a signal, and stops it in reverse order."""
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, what: log.warning("%s", what["message"]))
     stop = asyncio.Event()
@@ -1841,7 +1822,6 @@ async def serve(settings: Settings) -> int:
     for number in signals:
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
     disk = Disk(settings)
-    disk.open()
     made_up = not settings.shared_secrets
     settings = with_demo_secrets(settings, disk) if settings.demo else settings
     storage = Storage(open_collection(settings), disk)
