@@ -101,12 +101,12 @@ class Settings:
     events_secrets: tuple[bytes, ...]  # for GET /events
     demo: bool
     check: bool
-    trust_batches: bool = setting("SEGMENT_TRUST_BATCHES", False, "take unproven ones")
+    trust_batches: bool = setting("SEGMENT_TRUST_BATCHES", False, "take them unproven")
     mongodb_uri: str | None = setting("MONGODB_URI", None, f"else {LOCAL_MONGODB}")
     database: str = setting("MONGODB_DATABASE", "segment", "MongoDB's database")
     collection: str = setting("MONGODB_COLLECTION", "events", "MongoDB's collection")
     host: str = setting("RECEIVER_HOST", "127.0.0.1", "address to listen on")
-    port: int = setting("RECEIVER_PORT PORT", 8080, "to listen on", range(65536))
+    port: int = setting("RECEIVER_PORT PORT", 8080, "port to listen on", range(65536))
     data_dir: str = setting("RECEIVER_DATA_DIR", "data", "for spool/ and the like")
     max_body_bytes: int = setting("RECEIVER_MAX_BODY_BYTES", 16 * MIB, "largest body")
     max_connections: int = setting("RECEIVER_MAX_CONNECTIONS", 512, "most at once")
@@ -1505,9 +1505,8 @@ class Server:
         """Shows each event to somebody who watches a terminal."""
         for result, document in zip(results, documents) if self._shows_events else ():
             event = RawBSONDocument(document.bson)
-            said = (event.get("type"), event.get("event", event.get("name")))
-            label = " ".join(word[:100] for word in said if isinstance(word, str))
-            log.info("%s: %s %s", result, label, str(document.id)[:100])
+            said = event.get("type"), event.get("event", ""), document.id
+            log.info("%s: %s", result, " ".join(str(word)[:100] for word in said))
 
 
 # --- 6. Process -----------------------------------------------------------------------
