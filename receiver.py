@@ -883,7 +883,7 @@ class Storage:
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _round(self) -> None:
-        """Tries every file that is due, refused ones last, until an insert fails as a whole.
+        """Tries every due file, refused ones last, until an insert fails as a whole.
 
         The next round begins behind that file, so that none holds up the others.
         """
