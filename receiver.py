@@ -26,7 +26,6 @@ import ipaddress
 import json
 import logging
 import logging.handlers
-import math
 import os
 import queue
 import re
@@ -591,7 +590,7 @@ class Disk:
             raise
         sync_folder(path.parent)
 
-    def put(self, documents: Iterable[bytes], suffix: str, most: float) -> None:
+    def put(self, documents: Iterable[bytes], suffix: str, most: int) -> None:
         """Writes documents to a new file of the spool: a dump, as mongorestore reads."""
         data = b"".join(documents)
         self.require_room(len(data), most)
@@ -601,7 +600,7 @@ class Disk:
         self.files += 1
         self.bytes += len(data)
 
-    def require_room(self, size: int, most: float) -> None:
+    def require_room(self, size: int, most: int) -> None:
         if self.bytes + size > most:
             self.scan()  # somebody may have made room
             if self.bytes + size > most:
@@ -633,8 +632,12 @@ class Disk:
         documents: list[bytes] = []
         with open(self.spool / name, "rb") as file:
             status = os.fstat(file.fileno())
-            if progress.inode != status.st_ino:  # somebody may have laid another there
-                progress.inode, progress.offset = status.st_ino, 0
+            identity = (
+                status.st_ino,
+                status.st_mtime_ns,
+            )  # inodes are used again at once
+            if progress.identity != identity:  # somebody may have laid another there
+                progress.identity, progress.offset = identity, 0
             length, end = status.st_size, file.seek(progress.offset)
             while end < length or not length:
                 head = file.read(4)
@@ -659,10 +662,10 @@ class Disk:
                 end += size
         return documents, end, end >= length
 
-    def remove(self, name: str, inode: int) -> None:
+    def remove(self, name: str, progress: Progress) -> None:
         """Removes a file, unless it is another one by now."""
         status = (self.spool / name).stat()
-        if status.st_ino == inode:
+        if progress.identity == (status.st_ino, status.st_mtime_ns):
             os.unlink(self.spool / name)
             self.files -= 1
             self.bytes -= status.st_size
@@ -706,7 +709,7 @@ def refused_of(documents: Sequence[bytes], results: Sequence[str]) -> list[bytes
 class Progress:
     """How far a file of the spool has been delivered, and how its next piece is tried."""
 
-    inode: int = 0
+    identity: tuple[int, int] = (0, 0)
     offset: int = 0
     most: int = PIECE_BYTES
     failures: int = 0  # in a row
@@ -926,13 +929,13 @@ class Storage:
                     await self.on_disk(os.utime, self.disk.spool / name)
                     return True
                 if left:
-                    await self.on_disk(self.disk.put, left, REFUSED, math.inf)
+                    await self.on_disk(self.disk.put, left, REFUSED, sys.maxsize)
                     self.counters["refused"] += 0 if again else len(left)
                 progress.offset = end
-            await self.on_disk(self.disk.remove, name, progress.inode)
+            await self.on_disk(self.disk.remove, name, progress)
             del self._progress[name]
         except FileNotFoundError:  # it was set aside, or somebody took it away
-            pass
+            del self._progress[name]
         except OSError as error:
             log.warning("spool/%s waits: %s", name, error.strerror)
         return True
@@ -1079,6 +1082,8 @@ class Connection(BaseHTTPRequestHandler):
             await self.linger()
         except (OSError, asyncio.CancelledError):
             pass  # the client has gone, or has to go
+        except Exception:
+            log.exception("internal error")
         finally:
             del self.server.handlers[self]
             self.writer.transport.abort()
@@ -1238,6 +1243,8 @@ class Connection(BaseHTTPRequestHandler):
 
 
 class Handler(Connection):
+    """The routes: a ``do_...`` for each method, and what they check."""
+
     methods: ClassVar = {"/webhook": "PATCH, POST, PUT", "/health": "GET, HEAD"}
 
     async def do_POST(self) -> None:
@@ -1345,12 +1352,13 @@ class DemoHandler(Handler):
         self.require_loopback()
         if self.path == "/events":
             return self.answer(200, await self.find())
-        file = Path(__file__).with_name("demo.html")
-        if not file.exists():
-            raise Refused(404, "demo.html is not beside receiver.py")
+        try:
+            page = Path(__file__).with_name("demo.html").read_bytes()
+        except OSError:
+            raise Refused(404, "demo.html is not beside receiver.py") from None
         headers = {"Content-Type": "text/html; charset=utf-8"}
         headers["Content-Security-Policy"] = "frame-ancestors 'none'"
-        self.answer(200, file.read_bytes(), **headers)
+        self.answer(200, page, **headers)
 
     do_HEAD = do_GET
 
@@ -1480,7 +1488,7 @@ class Server:
             first.held = 0
             first.end(NO_MEMORY)  # its next wait, if it is this one
 
-    async def watch(self) -> None:
+    async def watch(self, mongod: EmbeddedMongoDB) -> None:
         """Looks a few times a second who is late, and does what else is due."""
         suspects: set[Connection] = set()
         looked = time.monotonic()
@@ -1496,6 +1504,7 @@ class Server:
                 handler.end(handler.late)
             suspects = late
             self.date = formatdate(usegmt=True)
+            mongod.report_end()
             if not self.storage.wedged:
                 counts, up = self.storage.counters, "up" if self.storage.up else "down"
                 status = f"{counts['stored']} stored, {counts['spooled']} spooled"
@@ -1505,8 +1514,10 @@ class Server:
         """Shows each event to somebody who watches a terminal."""
         for result, document in zip(results, documents) if self._shows_events else ():
             event = RawBSONDocument(document.bson)
-            said = event.get("type"), event.get("event", ""), document.id
-            log.info("%s: %s", result, " ".join(str(word)[:100] for word in said))
+            said = event.get("type"), event.get("event", event.get("name")), document.id
+            log.info(
+                "%s: %s", result, " ".join(str(each)[:100] for each in said if each)
+            )
 
 
 # --- 6. Process -----------------------------------------------------------------------
@@ -1700,6 +1711,12 @@ class EmbeddedMongoDB:
         }.get(status, reason)
         return f"{binary} ended with status {status}: {why}"
 
+    def report_end(self) -> None:
+        """Logs, once, if it ended although nobody stopped it."""
+        if self._pid and self._process and self._process.poll() is not None:
+            self._pid, status = 0, self._process.returncode
+            log.error("mongod ended with status %d: restart the receiver", status)
+
     async def stop(self, seconds: float) -> None:
         """Stops it, or after that time kills it, which its journal makes safe."""
         end = time.monotonic() + seconds
@@ -1813,7 +1830,7 @@ def check(settings: Settings) -> int:
 
 async def serve(settings: Settings) -> int:
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(lambda _, what: log.warning("%s", what["message"]))
+    loop.set_exception_handler(lambda _, it: log.warning("asyncio: %s", it["message"]))
     stop = asyncio.Event()
     signals = [signal.SIGTERM, signal.SIGINT]
     if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
@@ -1843,7 +1860,7 @@ async def serve(settings: Settings) -> int:
             said = welcome(settings, url, made_up)
             threading.Thread(target=say, args=(said,), daemon=True).start()
         notify("READY=1", 1)
-        watch = loop.create_task(server.watch())
+        watch = loop.create_task(server.watch(mongod))
         await asyncio.wait({stopped, watch}, return_when=some)
         if not stop.is_set():
             log.error("internal error", exc_info=watch.exception())
