@@ -632,10 +632,7 @@ class Disk:
         documents: list[bytes] = []
         with open(self.spool / name, "rb") as file:
             status = os.fstat(file.fileno())
-            identity = (
-                status.st_ino,
-                status.st_mtime_ns,
-            )  # inodes are used again at once
+            identity = status.st_ino, status.st_mtime_ns  # inodes are soon used again
             if progress.identity != identity:  # somebody may have laid another there
                 progress.identity, progress.offset = identity, 0
             length, end = status.st_size, file.seek(progress.offset)

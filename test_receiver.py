@@ -1668,6 +1668,31 @@ def test_each_file_of_one_name_is_delivered(start: Start) -> None:
 
 
 @concurrently
+def test_a_file_laid_in_anothers_place_is_delivered_from_its_beginning(
+    start: Start, mongod: Mongod
+) -> None:
+    """Though it may have the other's inode, and the other was delivered in part."""
+    between = Between(mongod)
+    between.fails = lambda document: "stop" in document
+    receiver = start(uri=between.uri, command=hurried(RETRY_SECONDS=3))
+    file, spooled = receiver.data / "dump", receiver.data / "spool" / "dump.bson"
+
+    def dump(name: str, **last: int) -> bytes:
+        text = "x" * 100_000
+        events = [{"_id": f"{name}{n}", "text": text} for n in range(15)]
+        return b"".join(map(bson.encode, [*events, {"_id": name} | last]))
+
+    file.write_bytes(dump("first", stop=1))
+    file.rename(spooled)
+    wait_until(lambda: "first0" in receiver.stored())
+    spooled.unlink()
+    file.write_bytes(dump("second"))
+    file.rename(spooled)
+    wait_until(lambda: not spooled.exists())
+    assert sum(str(name).startswith("second") for name in receiver.stored()) == 16
+
+
+@concurrently
 def test_a_refused_file_rests_and_no_wrong_clock_holds_it(start: Start) -> None:
     receiver = start(command=hurried(RETRY_SECONDS=0.02))
     for name, age in (("of tomorrow", -86400), ("rested", 40), ("resting", 0)):
