@@ -1437,13 +1437,18 @@ class Server:
         # asyncio's backlog is also how many it accepts at once.
         accepting = asyncio.start_server(self._connect, sock=listener, backlog=16)
         self._server = await accepting
+        self._listener = listener
         listener.listen(1024)
 
     async def stop(self, seconds: float) -> None:
         """Stops accepting, finishes the requests in hand, ends all other connections."""
         self.stopping = True
-        self._server.close()
         end = time.monotonic() + seconds
+        if sys.platform != "win32":
+            # close() drops those that asyncio has accepted and not yet handed over.
+            asyncio.get_running_loop().remove_reader(self._listener)
+            await asyncio.sleep(0.02)
+        self._server.close()
         while self.handlers and (now := time.monotonic()) < end:
             # One that is new or was answered just now may have a request on its way.
             for handler in self.handlers:
