@@ -82,10 +82,10 @@ class SettingsError(Exception):
     """A setting that cannot be used; its text is the one line that the user sees."""
 
 
-WHOLE_NUMBERS = range(1, GIB**2)
+NUMBERS = range(1, GIB**2)
 
 
-def setting(names: str, default: Any, about: str, values: range = WHOLE_NUMBERS) -> Any:
+def setting(names: str, default: Any, about: str, values: range = NUMBERS) -> Any:
     """Declares a field that a flag of the same name or the environment sets."""
     metadata = {"names": names.split(), "about": about, "values": values}
     return dataclasses.field(default=default, metadata=metadata)
@@ -1035,7 +1035,7 @@ def members(value: str) -> list[str]:
     return [member.strip(" \t") for member in value.lower().split(",")] if value else []
 
 
-class Connection(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     """A connection is a coroutine: http.server's handler, where what waits is async.
 
     ``command``, ``path`` (without the query), ``query`` and ``headers`` are those of the
@@ -1049,7 +1049,7 @@ class Connection(BaseHTTPRequestHandler):
     headers: dict[str, str]  # type: ignore[assignment]
     wfile: BytesIO
     task: asyncio.Task[None]
-    methods: ClassVar[dict[str, str]] = {}  # of each path
+    methods: ClassVar = {"/webhook": "PATCH, POST, PUT", "/health": "GET, HEAD"}
 
     def __init__(self, server: Server, reader: StreamReader, writer: StreamWriter):
         # Not http.server's __init__, which would handle the connection at once.
@@ -1238,12 +1238,6 @@ class Connection(BaseHTTPRequestHandler):
         while not self.evicted and await self.reader.read(READ_BYTES):
             pass
 
-
-class Handler(Connection):
-    """The routes: a ``do_...`` for each method, and what they check."""
-
-    methods: ClassVar = {"/webhook": "PATCH, POST, PUT", "/health": "GET, HEAD"}
-
     async def do_POST(self) -> None:
         """Takes events. Checks run cheapest first, before a byte of the body is read."""
         self.require_secret(self.settings.public_secrets)
@@ -1424,7 +1418,7 @@ class Server:
         self.unauthorized = 0
         self.worker = ThreadPoolExecutor(1)  # the interpreter has no use for a second
         # In the order in which they last completed a request; those that have to go, too.
-        self.handlers: OrderedDict[Connection, None] = OrderedDict()
+        self.handlers: OrderedDict[Handler, None] = OrderedDict()
         self._most = settings.max_connections
         self._shows_events = settings.demo or (sys.stderr and sys.stderr.isatty())
 
@@ -1480,7 +1474,7 @@ class Server:
                 return True
         return False
 
-    def hold(self, handler: Connection, size: int) -> None:
+    def hold(self, handler: Handler, size: int) -> None:
         """Counts what has come of a body; too much ends the one that began first."""
         handler.held = size
         most = max(MAX_BODIES_BYTES, self.settings.max_body_bytes)
@@ -1492,7 +1486,7 @@ class Server:
 
     async def watch(self, mongod: EmbeddedMongoDB) -> None:
         """Looks a few times a second who is late, and does what else is due."""
-        suspects: set[Connection] = set()
+        suspects: set[Handler] = set()
         looked = time.monotonic()
         while True:
             await asyncio.sleep(LOOK_SECONDS)
@@ -1517,9 +1511,7 @@ class Server:
         for result, document in zip(results, documents) if self._shows_events else ():
             event = RawBSONDocument(document.bson)
             said = event.get("type"), event.get("event", event.get("name")), document.id
-            log.info(
-                "%s: %s", result, " ".join(str(each)[:100] for each in said if each)
-            )
+            log.info("%s: %s", result, " ".join(str(one)[:100] for one in said if one))
 
 
 # --- 6. Process -----------------------------------------------------------------------
