@@ -43,6 +43,7 @@ from asyncio import StreamReader, StreamWriter
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from configparser import RawConfigParser
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
 from io import BytesIO
@@ -166,10 +167,10 @@ def make_parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    about = "serve the demo page; on by itself without a shared secret"
-    parser.add_argument("--demo", action="store_true", help=about)
-    about = "test the settings, MongoDB and the spool, then exit"
-    parser.add_argument("--check", action="store_true", help=about)
+    demo = "serve the demo page; on by itself without a shared secret"
+    check = "test the settings, MongoDB and the spool, then exit"
+    for flag, about in (("--demo", demo), ("--check", check)):
+        parser.add_argument(flag, action="store_true", help=about)
     switch: dict[str, Any] = {"nargs": "?", "const": "yes", "metavar": "no"}
     for field in dataclasses.fields(Settings):
         if names := field.metadata.get("names"):
@@ -190,9 +191,9 @@ def convert(field: dataclasses.Field[Any], source: str, text: str) -> Any:
     """Returns a value of the field's type. Raises SettingsError."""
     text, values = usable(source, text), field.metadata["values"]
     if field.type == "bool":
-        if text.lower() not in {"1", "true", "yes", "on", "0", "false", "no", "off"}:
+        if text.lower() not in RawConfigParser.BOOLEAN_STATES:  # on, true, 1, ...
             raise SettingsError(f"{source}: {text!r} is neither yes nor no")
-        return text.lower() in {"1", "true", "yes", "on"}
+        return RawConfigParser.BOOLEAN_STATES[text.lower()]
     if field.type != "int":
         return text
     if not re.fullmatch("[0-9]{1,18}", text) or int(text) not in values:
@@ -460,13 +461,13 @@ def open_collection(settings: Settings) -> Any:
             raise ValueError("an @ in the user's name or password is written %40")
         with warnings.catch_warnings(action="error", category=UserWarning):
             client: Any = pymongo.MongoClient(uri, **options)
-        given = client.write_concern.document
-        if given.get("w") == 0:
+        given = client.write_concern
+        if not given.acknowledged:
             raise ValueError("with w=0 MongoDB never says that it stored an event")
         # https://www.mongodb.com/docs/manual/reference/limits/
         if not re.fullmatch(r'[^/\\. "$*<>:|?]{1,63}', settings.database):
             raise errors.InvalidName("the database cannot have that name")
-        concern = WriteConcern(**{"w": "majority", "j": True, **given})
+        concern = WriteConcern(**{"w": "majority", "j": True, **given.document})
         collection = client[settings.database][settings.collection]
         return collection.with_options(write_concern=concern)
     except errors.InvalidName as error:
@@ -1732,16 +1733,16 @@ def with_demo_secrets(settings: Settings, disk: Disk) -> Settings:
     path = disk.data / "demo-secrets"
     try:
         if not path.exists():
-            made_up = f"{secrets.token_urlsafe(24)} {secrets.token_urlsafe(24)}\n"
-            disk.write(path, made_up.encode())
+            line = f"{secrets.token_urlsafe(24)} {secrets.token_urlsafe(24)}\n"
+            disk.write(path, line.encode())
         shared, public = path.read_bytes().split()
     except (OSError, ValueError):
         raise SettingsError(f"{path} cannot be read: delete it") from None
     known = settings.public_secrets or (public,)
-    if not settings.shared_secrets:
-        settings = dataclasses.replace(settings, shared_secrets=(shared,))
-        settings = dataclasses.replace(settings, public_secrets=known)
-    return dataclasses.replace(settings, events_secrets=known)
+    settings = dataclasses.replace(settings, events_secrets=known)
+    if settings.shared_secrets:
+        return settings
+    return dataclasses.replace(settings, shared_secrets=(shared,), public_secrets=known)
 
 
 def say(text: str) -> None:

@@ -2647,8 +2647,9 @@ def test_without_a_mongod_it_says_why_and_events_wait(
 def test_a_signal_finishes_the_requests_in_hand(
     start: Start, own_mongod: Mongod
 ) -> None:
-    # A shell starts what runs in the background with SIGINT ignored.
+    # A shell starts what runs in the background with SIGINT ignored, nohup with SIGHUP.
     ignored = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    ignored += "; signal.signal(signal.SIGHUP, signal.SIG_DFL)"
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         command = after(ignored, options="-X dev -W error")
         receiver = start(uri=own_mongod.uri, command=command)
