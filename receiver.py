@@ -1528,21 +1528,8 @@ SAMPLE = {  # a track call as Segment sends it, for --check
 }  # fmt: skip
 
 
-class LogFormatter(logging.Formatter):
-    """A line for each record, with its level as journald wants it: sd-daemon(3)."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        plain = super().format(record)
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in plain)
-        status = os.fstat(2)  # is it the journal? systemd.exec(5)
-        if os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}":
-            priority = {logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3)
-            return f"<{priority}>{text}"
-        return f"{time.strftime('%H:%M:%S')} {record.levelname:7} {text}"
-
-
 class PatientLog(logging.handlers.QueueHandler):
-    """Hands records to a thread, so that a log nobody reads stops nothing.
+    """Hands lines to a thread, so that a log nobody reads stops nothing.
 
     It drops and counts what does not fit, and drops a warning that was logged lately.
     """
@@ -1561,6 +1548,16 @@ class PatientLog(logging.handlers.QueueHandler):
         self.logged[text] = now
         return True
 
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns a line, with its level as journald wants it: sd-daemon(3)."""
+        plain = super().format(record)
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in plain)
+        status = os.fstat(2)  # is it the journal? systemd.exec(5)
+        if os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}":
+            priority = {logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3)
+            return f"<{priority}>{text}"
+        return f"{time.strftime('%H:%M:%S')} {record.levelname:7} {text}"
+
     def enqueue(self, record: logging.LogRecord) -> None:
         if self.dropped:
             record.msg += f" ({self.dropped} lines before it were dropped)"
@@ -1577,7 +1574,6 @@ def start_log() -> queue.Queue[Any]:
     for name in ("pymongo", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     writer = logging.StreamHandler(sys.stderr) if sys.stderr else logging.NullHandler()
-    writer.setFormatter(LogFormatter())
     waiting: queue.Queue[Any] = queue.Queue(MAX_LOG_RECORDS)
     logging.handlers.QueueListener(waiting, writer).start()
     logging.root.addHandler(PatientLog(waiting))

@@ -1693,17 +1693,22 @@ def test_a_file_laid_in_anothers_place_is_delivered_from_its_beginning(
 
 
 @concurrently
-def test_a_refused_file_rests_and_no_wrong_clock_holds_it(start: Start) -> None:
+def test_a_refused_file_rests_comes_last_and_no_wrong_clock_holds_it(
+    start: Start,
+) -> None:
     receiver = start(command=hurried(RETRY_SECONDS=0.02))
-    for name, age in (("of tomorrow", -86400), ("rested", 40), ("resting", 0)):
-        file = receiver.data / name
+    receiver.stop()
+    ages = {"1 of tomorrow.refused": -86400, "2 rested.refused": 40, "4 new": 0}
+    for name, age in (ages | {"3 resting.refused": 0}).items():
+        file = receiver.data / "spool" / f"{name}.bson"
         file.write_bytes(bson.encode({"_id": name}))
         tried = time.time() - age
         os.utime(file, (tried, tried))
-        file.rename(receiver.data / "spool" / f"{name}.refused.bson")
-    wait_until(lambda: receiver.stored().keys() >= {"of tomorrow", "rested"})
+    receiver.start()
+    wait_until(lambda: receiver.stored().keys() >= ages.keys())
     time.sleep(0.3)
-    assert "resting" not in receiver.stored()
+    assert "3 resting.refused" not in receiver.stored()
+    assert receiver.events().find_one(sort=[("$natural", 1)]) == {"_id": "4 new"}
 
 
 @concurrently
