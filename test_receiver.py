@@ -95,6 +95,7 @@ class Mongod:
         options = (
             f"--port {self.port} --bind_ip 127.0.0.1 --nounixsocket"
             " --networkMessageCompressors disabled --wiredTigerCacheSizeGB 0.25"
+            " --wiredTigerEngineConfigString log=(prealloc=false)"  # of 300 MB for each
             " --setParameter enableTestCommands=1"
         )
         self.process = subprocess.Popen(
