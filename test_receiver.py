@@ -1450,6 +1450,7 @@ def test_202_means_a_dump_on_the_disk(without_mongodb: Start) -> None:
     receiver.environment["EINVAL"] = "1"
     receiver.start()
     shutil.rmtree(file.parent)
+    wait_until(lambda: receiver.health()["spool_files"] == 0)
     assert receiver.post(events[0]).status == 202
     assert len(spooled(receiver)) == 1
     warnings = [line for line in receiver.log.splitlines() if "WARNING" in line]
@@ -2159,20 +2160,22 @@ def test_patience_is_longer_than_that_of_the_proxies_in_front() -> None:
     assert product.IDLE_SECONDS == 180 and product.HEAD_SECONDS == 10
 
 
-# How many bytes of a request come before a pause, of how many, and when it begins.
-PAUSED = {"idle": (0, 60, 2.8), "half a head": (30, 60, 2.8), "half a body": (-30, 60, 2.8), "a large body": (1000, 4, 2.0)}  # fmt: skip
+# How many bytes of a request come before a pause, of how many, when it begins, and how
+# long after it the others come.
+PAUSED = {"idle": (0, 60, 2.8, 0), "half a head": (30, 60, 2.8, 0), "half a body": (-30, 60, 2.8, 0), "a large body": (1000, 4, 2, 0),
+    "half a body afterwards": (-30, 60, 0.6, 0.7)}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", PAUSED)
 @concurrently
 def test_who_sends_while_it_is_paused_is_not_late(start: Start, kind: str) -> None:
     """A container or a busy machine stops for a while; what came meanwhile counts."""
-    cut, number, seconds = PAUSED[kind]
+    cut, number, seconds, later = PAUSED[kind]
     patience = {"IDLE_SECONDS": 3, "HEAD_SECONDS": 3, "BODY_SECONDS": 3}
     receiver = start(command=hurried(BODY_BYTES_PER_SECOND=1e9, **patience))
     text = "x" * (1_000_000 if kind == "a large body" else 1)
     requests = [signed(track(text=text), "Connection: close") for _ in range(number)]
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor(number) as pool:
+    with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(receiver.connect()) for _ in requests]
         for client, request in zip(clients, requests, strict=True):
             client.sendall(request[:cut])
@@ -2180,7 +2183,10 @@ def test_who_sends_while_it_is_paused_is_not_late(start: Start, kind: str) -> No
         wait_until(lambda: time.monotonic() > began + seconds)
         receiver.process.send_signal(signal.SIGSTOP)
         for client, request in zip(clients, requests, strict=True):
-            pool.submit(client.sendall, request[cut:])
+            timer = threading.Timer(
+                later and 4.5 - seconds + later, client.sendall, [request[cut:]]
+            )
+            timer.start()
         wait_until(lambda: time.monotonic() > began + 4.5)
         receiver.process.send_signal(signal.SIGCONT)
         statuses = [a.status for client in clients for a in read_answers(client)]
