@@ -1724,6 +1724,22 @@ def test_mongodb_is_tried_again_though_nothing_is_in_the_spool(
     wait_until(lambda: receiver.post(track()).status == 200)
 
 
+@concurrently
+def test_fresh_events_do_not_wait_for_those_in_the_spool(
+    start: Start, own_mongod: Mongod
+) -> None:
+    receiver = start(uri=own_mongod.uri)
+    receiver.stop()
+    own_mongod.kill()
+    files = [lay(receiver, f"{i}.bson", {"_id": i}) for i in range(2000)]
+    receiver.start()
+    assert receiver.post(track()).status == 202
+    own_mongod.start()
+    wait_until(lambda: receiver.post(track()).status == 200)
+    assert any(file.exists() for file in files)
+    wait_until_delivered(receiver)
+
+
 # --- Guarantees: every acknowledged event is in MongoDB in the end ------------------------
 
 
