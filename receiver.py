@@ -23,6 +23,7 @@ import hashlib
 import hmac
 import importlib.util
 import ipaddress
+import itertools
 import json
 import logging
 import logging.handlers
@@ -49,11 +50,12 @@ from http.server import BaseHTTPRequestHandler
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import quote, unquote, unquote_to_bytes
 
 import bson.json_util
 import pymongo
 from bson import CodecOptions, ObjectId
+from bson.codec_options import DatetimeConversion
 from bson.raw_bson import RawBSONDocument
 from pymongo import WriteConcern, errors
 
@@ -117,11 +119,16 @@ class Settings:
     @classmethod
     def load(cls, arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
         """Reads flags, else environment and credentials. Raises SettingsError."""
-        if any(re.search("//[^/@]*:[^/@]*@", argument) for argument in arguments):
+        password = re.compile("//[^/@]*:[^/@]*@|password=", re.IGNORECASE)
+        if any(map(password.search, arguments)):
             why = "the process list would show its password: set MONGODB_URI instead"
             raise SettingsError(f"--mongodb-uri: {why}")
         environment = with_credentials(environment)
-        values = vars(make_parser(environment).parse_args(arguments))
+        known, unknown = make_parser(environment).parse_known_args(arguments)
+        if unknown:  # a secret may stand in it
+            flags = re.findall("^-[a-z-]+", unknown[0]) or ["an argument"]
+            raise SettingsError(f"{flags[0]} is no setting: see --help")
+        values = vars(known)
         segment = [environment.get(name, "").encode().split() for name in SECRETS[:2]]
         shared, public = map(tuple, segment)
         values["demo"] |= not (shared or values["check"])
@@ -176,7 +183,7 @@ def make_parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         if names := field.metadata.get("names"):
             flag = "--" + field.name.replace("_", "-")
             default = f"; default {field.default}" if field.default else ""
-            given = [environment[name] for name in names if name in environment]
+            given = [usable(n, environment[n]) for n in names if n in environment]
             parser.add_argument(
                 flag,
                 help=f"{field.metadata['about']} [{', else '.join(names)}{default}]",
@@ -205,21 +212,21 @@ def convert(field: dataclasses.Field[Any], source: str, text: str) -> Any:
 def usable(source: str, text: str) -> str:
     """Returns a value as it is. Raises SettingsError where it was clearly garbled."""
     if source.lower().endswith("secret"):  # line ends may stand between secrets
-        text = " ".join(text.split())
+        text = re.sub("[ \t\r\n]+", " ", text).strip(" ")
     if not text.strip():
         raise SettingsError(f"{source} is empty: give it a value or take it away")
     if found := re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", text):
         what = "is not UTF-8" if found[0] >= "\ud800" else "has a control character"
         raise SettingsError(f"{source} {what}, at character {found.start() + 1}")
     is_secret = source.lower().endswith(("secret", "uri"))
-    if is_secret and text[0] == text[-1] and text[0] in "\"'":
+    if is_secret and any(part[0] == part[-1] in "\"'" for part in text.split()):
         raise SettingsError(f"{source} is in quotes: take them away")
     return text
 
 
 def is_loopback(host: str) -> bool:
     with contextlib.suppress(ValueError):
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     return False
 
 
@@ -258,17 +265,17 @@ def verify(body: bytes, signature: str, keys: Iterable[bytes]) -> bool:
 # A brace, or a JSON string, whole or cut off by the end, so that a search stays linear.
 STRING_OR_BRACE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[{}]', re.DOTALL)
 MAX_FIRST_EVENT_BYTES = 64 * KIB  # Segment's own limit for an event is 32 KB
+MAX_FIRST_EVENT_STEPS = 8192  # strings and braces
+WRAPPER = b'{"json":'
 
 
-def first_event(batch: bytes, start: int) -> bytes:
-    """Returns the bytes of the object that begins there, found without parsing it."""
-    depth = 0
-    for match in STRING_OR_BRACE.finditer(batch, start, start + MAX_FIRST_EVENT_BYTES):
+def first_event(batch: bytes) -> bytes:
+    """Returns the bytes of a batch's first object, found without parsing it."""
+    depth, found = 0, STRING_OR_BRACE.finditer(batch, 1, 1 + MAX_FIRST_EVENT_BYTES)
+    for match in itertools.islice(found, MAX_FIRST_EVENT_STEPS):
         depth += {b"{": 1, b"}": -1}.get(match[0], 0)
         if depth == 0 and match[0] == b"}":
-            return batch[start : match.end()]
-        if depth > MAX_DEPTH:
-            break
+            return batch[1 : match.end()]
     return b""
 
 
@@ -283,13 +290,14 @@ def authenticate(body: bytes, signature: str, settings: Settings) -> bool:
     keys = settings.shared_secrets
     if verify(body, signature, keys):
         return False
-    for before, after in ((b"[", b"]"), (b'[{"json":', b"}]")):
-        if body.startswith(before):
-            start = len(before)
-            only = body[start : -len(after)] if body.endswith(after) else b""
-            first = first_event(body, start) if settings.trust_batches else b""
-            if any(event and verify(event, signature, keys) for event in (only, first)):
-                return start > 1
+    if body.startswith(b"["):
+        only = body[1:-1] if body.endswith(b"]") else b""
+        for event in (only, first_event(body) if settings.trust_batches else b""):
+            if event and verify(event, signature, keys):
+                return False
+            bare = event[len(WRAPPER) : -1]
+            if event.startswith(WRAPPER) and verify(bare, signature, keys):
+                return True
     reason = "X-Signature does not match the body"
     if body.startswith(b"[") and not settings.trust_batches:
         reason += ": of a batch Segment signs the first event only: turn batching off, "
@@ -443,7 +451,10 @@ MAX_BATCH_BYTES = 4 * MIB  # pymongo makes copies
 MAX_WAITING_EVENTS = 20_000
 DUPLICATE_KEY = 11000  # MongoDB's error code
 REFUSED = ".refused.bson"  # how the names of files end that rest
-AS_STORED = CodecOptions(document_class=RawBSONDocument)  # nothing is converted
+# Nothing is converted, nor a date past the year 9999 an error.
+AS_STORED = CodecOptions(
+    RawBSONDocument, datetime_conversion=DatetimeConversion.DATETIME_AUTO
+)
 Sent = tuple[list[bytes], asyncio.Future[list[str]]]  # documents, their results
 Outcome = tuple[list[str], dict[int, str]]  # results, MongoDB's words by their code
 
@@ -474,8 +485,8 @@ def open_collection(settings: Settings) -> Any:
         raise SettingsError(f"MONGODB_DATABASE, MONGODB_COLLECTION: {error}") from None
     except (errors.PyMongoError, ValueError, OSError, UserWarning) as error:
         reason = re.sub(r"^\[Errno \d+\] ", "", str(error))
-        names = re.findall("[?&]([^=]*)=", uri)
-        for piece in re.split("[/:@?&=,]+", uri.partition("://")[2]):
+        names, rest = re.findall("[?&]([^=]*)=", uri), uri.partition("://")[2]
+        for piece in re.split("[/:@?&=,]+", f"{rest},{unquote(rest)}"):
             if len(piece) > 2 and piece not in names:
                 reason = reason.replace(piece, "...")
         raise SettingsError(f"MONGODB_URI: {reason[:300]}") from None
@@ -501,7 +512,7 @@ def is_repeat(collection: Any, data: bytes, fault: Mapping[str, Any]) -> bool:
     (an ``_id`` of the event's own, a collation, a service that does not name the key) a
     look at what stands under the ``_id`` decides. Raises PyMongoError.
     """
-    event = RawBSONDocument(data)
+    event = RawBSONDocument(data, AS_STORED)
     name = event.get("messageId")
     is_named = isinstance(name, str) and name != ""
     by_message_id = is_named and event["_id"] == name
@@ -511,17 +522,17 @@ def is_repeat(collection: Any, data: bytes, fault: Mapping[str, Any]) -> bool:
     primary = collection.with_options(AS_STORED, pymongo.ReadPreference.PRIMARY)
     try:
         found = primary.find_one({"_id": {"$eq": event["_id"]}})
+        if found is None or by_message_id:
+            return found is not None and bool(found["_id"] == name)
+        # Compared as BSON, since to Python 1, 1.0 and True are one; MongoDB puts _id first.
+        first = {"_id": None}
+        return bson.encode(first | dict(found)) == bson.encode(first | dict(event))
     except errors.OperationFailure as error:
         if error.timeout:
             raise
         return False  # its user may not look
-    if found is None:
-        return False
-    if by_message_id:
-        return bool(found["_id"] == name)
-    # Compared as BSON, since to Python 1, 1.0 and True are one; MongoDB puts _id first.
-    first = {"_id": None}
-    return bson.encode(first | dict(found)) == bson.encode(first | dict(event))
+    except bson.errors.BSONError:
+        return False  # a document that Python cannot read
 
 
 def insert(collection: Any, documents: Sequence[bytes], seconds: float) -> Outcome:
@@ -646,7 +657,7 @@ class Disk:
                 is_size = 5 <= size <= MAX_BSON_BYTES + 16 * KIB
                 document = head + file.read(size - 4 if is_size else 0)
                 try:
-                    has_id = "_id" in RawBSONDocument(document)
+                    has_id = "_id" in RawBSONDocument(document, AS_STORED)
                 except bson.errors.InvalidBSON:
                     if documents:
                         break
@@ -671,14 +682,14 @@ class Disk:
     def keep(self, data: bytes, reason: str, suffix: str) -> None:
         """Keeps in ``rejected/`` what can be no document, and why."""
         name = hashlib.sha256(data).hexdigest()[:32]  # again the same, the same file
-        self.write(self.rejected / f"{name}.reason.txt", f"{reason}\n".encode())
+        self.write(self.rejected / f"{name}.reason.txt", os.fsencode(f"{reason}\n"))
         self.write(self.rejected / f"{name}{suffix}", data)
         log.warning("kept in %s: %s", self.rejected, words(reason))
 
     def set_aside(self, name: str, reason: str) -> None:
         """Moves a file from the spool to ``rejected/``."""
         kept = self.rejected / f"{secrets.token_hex(16)}.bson"
-        self.write(kept.with_suffix(".reason.txt"), f"{reason}\n".encode())
+        self.write(kept.with_suffix(".reason.txt"), os.fsencode(f"{reason}\n"))
         os.replace(self.spool / name, kept)
         sync_folder(self.rejected)
         log.warning("kept as %s: %s", kept, reason)
@@ -688,15 +699,16 @@ def sync_folder(path: Path) -> None:
     """Makes a rename durable; Windows does so by itself."""
     if sys.platform == "win32":
         return
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno not in (errno.EINVAL, errno.EACCES):
             raise
         log.warning("%s cannot be synced: a power cut may undo a rename", path)
-    finally:
-        os.close(descriptor)
 
 
 def refused_of(documents: Sequence[bytes], results: Sequence[str]) -> list[bytes]:
@@ -934,8 +946,9 @@ class Storage:
             del self._progress[name]
         except FileNotFoundError:  # it was set aside, or somebody took it away
             del self._progress[name]
-        except OSError as error:
-            log.warning("spool/%s waits: %s", name, error.strerror)
+        except Exception as error:  # noqa: BLE001, whatever it is, others go on
+            why = getattr(error, "strerror", None) or describe(error)
+            log.warning("spool/%s waits: %s", name, why)
         return True
 
     async def _try(self, piece: list[bytes], progress: Progress) -> list[str] | None:
@@ -982,7 +995,7 @@ class Storage:
 TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 AUTHORITY = r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]+"
 REQUEST_LINE = re.compile(
-    rf"({TOKEN}) ((?:https?://({AUTHORITY}))?(/[!->@-~]*)(?:\?([!-~]*))?) HTTP/1\.([01])"
+    rf"({TOKEN}) ((?:(?i:https?)://({AUTHORITY}))?(/[!->@-~]*)(?:\?([!-~]*))?) HTTP/1\.([01])"
 )
 FIELD_LINES = re.compile(rf"(?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*(?:\r\n|\Z))*")
 FIELD = re.compile(r"([^:\r]+):([^\r]*)(?:\r\n|\Z)")
@@ -1033,7 +1046,8 @@ def parse_fields(lines: str) -> dict[str, str]:
 
 
 def members(value: str) -> list[str]:
-    return [member.strip(" \t") for member in value.lower().split(",")] if value else []
+    """Returns a list's first hundred: 32,000 commas are costly."""
+    return [member.strip(" \t") for member in value.lower().split(",", 100)]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -1268,7 +1282,8 @@ class Handler(BaseHTTPRequestHandler):
             name = events.documents[0].id
             name = str(name) if isinstance(name, ObjectId) else name
             fits = type(name) is str and len(name) < 100  # the usual, quickly
-            fits = fits or len(json.dumps(name)) <= MAX_ID_BYTES
+            with contextlib.suppress(ValueError):  # JSON has no Infinity
+                fits = fits or len(json.dumps(name, allow_nan=False)) <= MAX_ID_BYTES
             value: dict[str, Any] = {"insertedId": name} if fits else {}
             return self.answer(200, value | ({"duplicate": True} if duplicates else {}))
         stored, rejected = results.count("stored"), len(events.faults)
@@ -1323,8 +1338,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(413, f"the limit is {most} bytes")
 
     async def work(self, task: Callable[..., T], body: bytes, *more: Any) -> T:
-        """Works on a body; on a large one in a thread, one after the other."""
-        if len(body) <= READ_BYTES:
+        """Works on a body; on a large one, or a batch, in a thread, one by one."""
+        if len(body) <= READ_BYTES and not body.startswith(b"["):
             return task(body, *more)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.server.worker, task, body, *more)
@@ -1363,8 +1378,8 @@ class DemoHandler(Handler):
         names = [name.decode("utf-8", "replace") for name in self.parameters("id")]
         ids: list[Any] = [*names, *map(ObjectId, filter(ObjectId.is_valid, names))]
         for name in names:  # of an event's own: 0, true, {"b":1}
-            with contextlib.suppress(ValueError, RecursionError):
-                ids.append(json.loads(name))
+            with contextlib.suppress(ValueError, RecursionError, Refused):
+                ids.append(to_document({"_id": DECODER.decode(name)}).id)
         query: dict[str, Any] = {"limit": int(limit), "sort": [("$natural", -1)]}
         if ids:
             query = {"filter": {"_id": {"$in": ids}}, "limit": 1}
@@ -1512,7 +1527,8 @@ class Server:
         for result, document in zip(results, documents) if self._shows_events else ():
             event = RawBSONDocument(document.bson)
             said = event.get("type"), event.get("event", event.get("name")), document.id
-            log.info("%s: %s", result, " ".join(str(one)[:100] for one in said if one))
+            plain = [str(one)[:100] for one in said if isinstance(one, (str, ObjectId))]
+            log.info("%s: %s", result, " ".join(plain))
 
 
 # --- 6. Process -----------------------------------------------------------------------
@@ -1747,12 +1763,13 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def welcome(settings: Settings, url: str, made_up: bool) -> str:
+def welcome(settings: Settings, url: str, given: Settings) -> str:
+    """Returns what a demo prints: secrets that are made up, none of the user's own."""
     public = quote(settings.events_secrets[0], safe="")
-    if not made_up:
-        # A secret of the user's own is not printed; one made up for /events has to be.
-        fragment = "" if settings.public_secrets else f"#public={public}"
-        return f"demo page: {url}/{fragment}"
+    fragment = "" if given.public_secrets else f"&public={public}"
+    if given.shared_secrets:
+        return f"demo page: {url}/{fragment.replace('&', '#')}"
+    public = "SEGMENT_PUBLIC_SECRET" if given.public_secrets else public
     shared = settings.shared_secrets[0].decode()
     now = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
     return f"""
@@ -1760,7 +1777,7 @@ No SEGMENT_SHARED_SECRET is set, so this is a demo with secrets that are made up
 
   webhook URL    {url}/webhook?secret={public}
   shared secret  {shared}
-  demo page      {url}/#shared={shared}&public={public}
+  demo page      {url}/#shared={shared}{fragment}
   the events     in MongoDB, collection {settings.database}.{settings.collection}
 
 Send a signed event from another terminal:
@@ -1780,7 +1797,7 @@ def try_mongodb(collection: Any) -> str:
     Raises what stands in the way. A standalone MongoDB, which has no transactions, gets
     an insert that must fail, for its ``_id``.
     """
-    client = collection.database.client
+    client, impossible = collection.database.client, bson.encode({"_id": []})
     with pymongo.timeout(5):
         hello = client.admin.command("hello")
         if "setName" in hello or hello.get("msg") == "isdbgrid":
@@ -1790,9 +1807,9 @@ def try_mongodb(collection: Any) -> str:
             with client.start_session() as session, session.start_transaction():
                 inside.insert_one(RawBSONDocument(event.bson), session=session)
                 session.abort_transaction()
+            insert(collection, [impossible], 5)  # the write concern can be had, too
             return "MongoDB took an event in a transaction, which was aborted"
-        with contextlib.suppress(errors.BulkWriteError):
-            collection.insert_many([RawBSONDocument(bson.encode({"_id": []}))])
+        insert(collection, [impossible], 5)
     proof = "MongoDB answers and lets this user insert; being no replica set it cannot "
     return proof + "show whether a validator or a view stands in the way"
 
@@ -1829,7 +1846,7 @@ async def serve(settings: Settings) -> int:
     for number in signals:
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
     disk = Disk(settings)
-    made_up = not settings.shared_secrets
+    given = settings
     settings = with_demo_secrets(settings, disk) if settings.demo else settings
     storage = Storage(open_collection(settings), disk)
     server = Server(settings, storage)
@@ -1848,7 +1865,7 @@ async def serve(settings: Settings) -> int:
         if settings.trust_batches:
             log.warning("batches are trusted: Segment signs only a batch's first event")
         if settings.demo:
-            said = welcome(settings, url, made_up)
+            said = welcome(settings, url, given)
             threading.Thread(target=say, args=(said,), daemon=True).start()
         notify("READY=1", 1)
         watch = loop.create_task(server.watch(mongod))
