@@ -682,14 +682,16 @@ class Disk:
     def keep(self, data: bytes, reason: str, suffix: str) -> None:
         """Keeps in ``rejected/`` what can be no document, and why."""
         name = hashlib.sha256(data).hexdigest()[:32]  # again the same, the same file
-        self.write(self.rejected / f"{name}.reason.txt", os.fsencode(f"{reason}\n"))
+        why = f"{reason}\n".encode(errors="backslashreplace")
+        self.write(self.rejected / f"{name}.reason.txt", why)
         self.write(self.rejected / f"{name}{suffix}", data)
         log.warning("kept in %s: %s", self.rejected, words(reason))
 
     def set_aside(self, name: str, reason: str) -> None:
         """Moves a file from the spool to ``rejected/``."""
         kept = self.rejected / f"{secrets.token_hex(16)}.bson"
-        self.write(kept.with_suffix(".reason.txt"), os.fsencode(f"{reason}\n"))
+        why = f"{reason}\n".encode(errors="backslashreplace")
+        self.write(kept.with_suffix(".reason.txt"), why)
         os.replace(self.spool / name, kept)
         sync_folder(self.rejected)
         log.warning("kept as %s: %s", kept, reason)

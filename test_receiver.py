@@ -39,6 +39,7 @@ from urllib.parse import quote
 import bson
 import pymongo
 import pytest
+from bson.datetime_ms import DatetimeMS
 from bson.int64 import Int64
 
 import receiver as product
@@ -542,11 +543,14 @@ REFUSED = [
     *(("RECEIVER_PORT", value) for value in ("http", "-1", "65536", "٣")), ("--port", "http"), ("PORT", "-1"),
     *(("RECEIVER_MAX_BODY_BYTES", "4MB"), ("RECEIVER_MAX_CONNECTIONS", "0"), ("RECEIVER_MAX_SPOOL_BYTES", "1.5")),
     ("SEGMENT_TRUST_BATCHES", "perhaps"),
-    *(("--no-such-flag", "x"), ("--shared-secret", "x"), ("--mongodb-uri", URI)),  # the process list would show it
+    # The process list would show it.
+    *(("--no-such-flag", "hunter2"), ("--shared-secret", "hunter2"), ("--mongodb-uri", URI)),
+    ("--mongodb-uri", "mongodb://a/?tlsCertificateKeyFilePassword=hunter2"),
     # A secret that failed to arrive must not become somebody's demo.
     *((name, "") for name in VARIABLES), ("SEGMENT_SHARED_SECRET", " \n"),
     # `docker run --env-file` keeps quotes, and then every event is a 401.
     *((name, '"hunter2"') for name in VARIABLES[:2]), ("SEGMENT_SHARED_SECRET", "'hunter2'"), ("MONGODB_URI", f'"{URI}"'),
+    *(("SEGMENT_SHARED_SECRET", value) for value in ('old "hunter2"', "a\x1fb", "a\x85b", "a\x0bb")),
     # Control characters, and a byte that is no UTF-8 as Python hands it over.
     *((name, value) for name in ("MONGODB_DATABASE", "MONGODB_COLLECTION", "RECEIVER_HOST", "RECEIVER_DATA_DIR", "--data-dir")
       for value in ("a\r", "a\nb", "a\x1b", "a\udcff")),
@@ -565,6 +569,14 @@ def test_a_bad_value_is_one_line_that_names_the_setting(name: str, value: str) -
     line = refusal(*given, **(SECRET if given else SECRET | {name: value}))
     assert name in line and line.isprintable()
     assert "hunter2" not in line
+
+
+def test_an_empty_variable_is_refused_though_another_one_counts() -> None:
+    assert "PORT is empty" in refusal(RECEIVER_PORT="1", PORT="", **SECRET)
+    assert "RECEIVER_HOST is empty" in refusal(
+        "--host", "::1", RECEIVER_HOST="", **SECRET
+    )
+    assert "argument" in (line := refusal("hunter2")) and "hunter2" not in line
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.com"])
@@ -592,7 +604,7 @@ def test_secrets_are_read_from_systemds_credentials(tmp_path: Path) -> None:
 BAD_URIS = [
     "postgres://u:hunter2@db.example/", "mongodb://u:hunter2/x@db.example", "mongodb://", "mongodb://u:p@ss/hunter2@db.example",
     "mongodb://db.example:hunter2", *(URI + "?" + option for option in ("w=0", "tls=True", "retryWrites=False", "hunter2=1",
-        "wtimeoutMS=hunter2", "fsync=true", "tls=true&tlsCAFile=/hunter2", "authSource=")),
+        "w=0&journal=false", "wtimeoutMS=hunter2", "fsync=true", "tls=true&tlsCAFile=/hunter2", "authSource=")),
 ]  # fmt: skip
 
 
@@ -741,6 +753,7 @@ def test_a_trusted_batch_is_let_in_by_its_first_events_signature(start: Start) -
         json.dumps({"text": text}).encode()
         for text in ('}],{"\\"{[', "x" * 60_000, "x" * 70_000)
     )
+    deep = b'{"a":' * 101 + b"1" + b"}" * 101
     for name, body, signature, status in [
         ("as Segment's", b"[%s,{}]" % odd, sign(odd), 200),
         ("wrapped by Extensible Webhook", b'[{"json":%s},{"json":{}}]' % odd, sign(odd), 200),
@@ -753,6 +766,7 @@ def test_a_trusted_batch_is_let_in_by_its_first_events_signature(start: Start) -
         ("not an array", odd + b",{}", sign(odd), 401),
         ("no comma", b"[%s {}]" % odd, sign(odd), 400),
         ("only braces", b"[" + b"{" * 1_000_000, sign(b"{"), 401),
+        ("its first event is nested too deep", b"[%s,{}]" % deep, sign(deep), 200),
     ]:  # fmt: skip
         assert receiver.post(body, signature=signature).status == status, name
 
@@ -888,10 +902,11 @@ def test_a_batch_is_answered_with_counts(receiver: Receiver) -> None:
 
 def test_an_id_of_more_than_1_kb_is_left_out_of_the_answer(receiver: Receiver) -> None:
     """Over TLS an answer of more than about 16 KB hangs Segment's client."""
-    for id_ in ("m" * 20_000, "ä" * 600, {"a": "x" * 1100}):
+    for id_ in ("m" * 20_000, "ä" * 600, {"a": "x" * 1100}, 10**400):
         answer = receiver.post({"_id": id_})
         assert (answer.status, answer.json) == (200, {})
-        assert receiver.events().find_one({"_id": id_})
+        stored = float("inf") if id_ == 10**400 else id_  # which JSON cannot say
+        assert receiver.events().find_one({"_id": stored})
 
 
 # Each kind of call, and events of Segment's public specification (shops, B2B, mobile,
@@ -1205,6 +1220,11 @@ REPEATS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         (NEW, {"messageId": "", "n": 1}),
         (WAITS, {"messageId": "", "n": 2}),
     ],
+    "a document that Python cannot read": [
+        (WAITS, {"_id": "far future", "n": 1}),
+        (NEW, {"_id": 1, "n": 1}),
+        (REPEAT, {"_id": 1, "n": 1}),
+    ],
     "a unique index on userId": [
         (NEW, {"messageId": "a", "userId": "ada@example.com"}),
         (WAITS, {"messageId": "b", "userId": "ada@example.com"}),
@@ -1228,6 +1248,9 @@ def test_a_repeat_is_the_same_event_and_anything_else_waits(
         )
     if "index" in where:
         events.create_index(where.split()[-1], unique=True)
+    unreadable = "Python" in where
+    if unreadable:  # nor what stands beside it in a dump, a date past the year 9999
+        events.insert_one({"_id": "far future", "date": DatetimeMS(2**52)})
     for word, event in rows:
         answer = receiver.post(event)
         if word == WAITS:
@@ -1251,7 +1274,7 @@ def test_a_repeat_is_the_same_event_and_anything_else_waits(
     laid = lay(receiver, "a.bson", *({"_id": i} | e for i, e in zip(ids, again)))
     wait_until(lambda: not laid.exists())
     assert len(spooled(receiver, "*.refused.bson")) == 3 * words.count(WAITS)
-    assert events.count_documents({}) == words.count(NEW)
+    assert events.count_documents({}) == words.count(NEW) + unreadable
 
 
 @concurrently
@@ -1568,11 +1591,16 @@ def test_files_that_are_no_spool_are_set_aside(start: Start) -> None:
     bad |= {"foreign.bson": b"hello", "no-id.bson": bson.encode({"a": 1})}
     for name, data in bad.items():
         lay(receiver, name, data)
-    lay(receiver, "dump.bson", whole)
+    lay(receiver, "dump.bson", whole, {"_id": "far", "date": DatetimeMS(2**52)})
+    latin = Path(os.fsdecode(b"0-\xe9.bson"))  # a name that is no UTF-8
+    lay(receiver, str(latin), b"foreign, too")
     wait_until_delivered(receiver)
-    assert stored_by_id(receiver).keys() == {"before the tear", "whole"}
+    ids = {event["_id"] for event in receiver.events().find({}, {"_id": 1})}
+    assert ids == {"before the tear", "whole", "far"}
+    receiver.events().delete_one({"_id": "far"})
+    bad["0-.udce9.bson"] = b"foreign, too"
     assert kept(receiver).keys() == set(bad.values())
-    assert all(name in receiver.log for name in bad), receiver.log
+    assert all(re.search(name, receiver.log) for name in bad), receiver.log
     assert receiver.get("/health").status == 200
     # A file that cannot be read waits until it can.
     closed = receiver.data / "closed.bson"
@@ -2213,6 +2241,10 @@ def test_who_sends_while_it_is_paused_is_not_late(start: Start, kind: str) -> No
 # HTTP: strangers beside Segment, all at once
 
 
+def test_no_list_costs_more_than_its_first_hundred_members() -> None:
+    assert len(product.members("," * 32_000)) == 101
+
+
 def flood(query: str) -> bytes:
     line = f"POST /webhook?{query * (8000 // len(query))} HTTP/1.1"
     return message(line, HOST, UNSIGNED, "Content-Length: 0") * 4
@@ -2540,6 +2572,17 @@ def test_the_demo_page_may_not_be_framed(demo_receiver: Receiver) -> None:
 def test_the_demo_shows_documents_exactly(demo_receiver: Receiver) -> None:
     """A driver would make a DBRef of its own of a $ref."""
     odd = {"$ref": "users", "$id": 5, "$db": "x", "more": [1, 2.5, None, "\u2028"]}
+    ids = (
+        "100000000000000000000",
+        '"\\ud800"',
+        '{"$in":[1]}',
+        '{"a\\u0000":1}',
+        "NaN",
+        "[",
+    )
+    for id_, count in zip(ids, (1, 1, 0, 0, 0, 0), strict=True):
+        demo_receiver.post(b'{"_id":%s}' % id_.encode())
+        assert len(demo_receiver.get(f"{EVENTS}&id={quote(id_)}").json) == count, id_
     for event in ({"_id": "older"}, {"_id": "newer", "odd": odd, "big": 2**40}):
         assert demo_receiver.post(event).status == 200
     assert demo_receiver.get(EVENTS).json[:2] == [event, {"_id": "older"}]
@@ -2578,6 +2621,11 @@ def test_the_demos_log_escapes_control_characters(demo_receiver: Receiver) -> No
     demo_receiver.post(track(event="\x1b[2J\nA \u2028\u202e line 😀", messageId="m\r"))
     line = wait_until(lambda: re.search("stored: (.*2J.*)", demo_receiver.log))[1]
     assert line == r"track \x1b[2J\nA \u2028\u202e line 😀 m\r"
+    demo_receiver.post(track(event={"email": "ada@example.com"}, messageId="odd one"))
+    assert (
+        wait_until(lambda: re.search("stored: (.*odd one)", demo_receiver.log))[1]
+        == "track odd one"
+    )
 
 
 # --- Process: the first run, and its own MongoDB ------------------------------------------
@@ -2851,6 +2899,8 @@ def test_check_says_what_stands_in_the_way(
     status, line = check(MONGODB_URI=mongod.uri)  # which has no transactions
     assert status == 0 and "no replica set" in line
     assert "checked" not in mongod.client.list_database_names()
+    for concern in ("w=5", "w=nowhere"):
+        assert "WriteConcernError" in check(MONGODB_URI=f"{node.uri}?{concern}")[1]
     assert "limit of 100 bytes" in check("--max-spool-bytes", "100")[1]
     assert "Timeout" in check(MONGODB_URI="mongodb://127.0.0.1:1/")[1]
     del settings["SEGMENT_SHARED_SECRET"]
