@@ -920,6 +920,8 @@ class Storage:
         if self._delivered:
             log.info("spool: %d events delivered", self._delivered)
             self._delivered = 0
+            if not self.disk.files:  # what is refused from now on is news
+                PatientLog.logged.clear()
 
     async def _deliver(self, name: str) -> bool:
         """Delivers a file piece by piece; returns False if an insert failed as a whole.
