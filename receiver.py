@@ -713,10 +713,6 @@ def sync_folder(path: Path) -> None:
         log.warning("%s cannot be synced: a power cut may undo a rename", path)
 
 
-def refused_of(documents: Sequence[bytes], results: Sequence[str]) -> list[bytes]:
-    return [data for data, result in zip(documents, results) if result == "refused"]
-
-
 @dataclasses.dataclass
 class Progress:
     """How far a file of the spool has been delivered, and how its next piece is tried."""
@@ -743,8 +739,9 @@ class Storage:
         names = "stored", "duplicates", "rejected", "spooled", "refused"
         self.counters = Counter(dict.fromkeys(names, 0))
         self._loop = asyncio.get_running_loop()
-        self._mongodb = ThreadPoolExecutor(MAX_IN_FLIGHT + 2)  # and the spool, the demo
-        self._disk = ThreadPoolExecutor(1)
+        run, threads = self._loop.run_in_executor, MAX_IN_FLIGHT + 2  # spool and demo
+        self.on_mongodb = functools.partial(run, ThreadPoolExecutor(threads))
+        self.on_disk = functools.partial(run, ThreadPoolExecutor(1))
         self._queue: deque[Sent] = deque()
         self._waiting = 0  # events in the queue or in flight
         self._in_flight: dict[asyncio.Task[None], float] = {}  # since when
@@ -787,12 +784,6 @@ class Storage:
             log.warning("cannot write to %s: %s", self.disk.rejected, error.strerror)
             raise Refused(503, "it can neither be stored nor kept on disk") from None
         self.counters["rejected"] += events
-
-    async def on_disk(self, work: Callable[..., T], *arguments: Any) -> T:
-        return await self._loop.run_in_executor(self._disk, work, *arguments)
-
-    async def on_mongodb(self, work: Callable[..., T], *arguments: Any) -> T:
-        return await self._loop.run_in_executor(self._mongodb, work, *arguments)
 
     @property
     def reachable(self) -> bool:
@@ -860,7 +851,8 @@ class Storage:
                     log.error(said, self.disk.spool, describe(error))
                 self._outage_said = True
         became, failing = "spooled", 0
-        if left := refused_of(documents, results):
+        left = [data for data, was in zip(documents, results) if was == "refused"]
+        if left:
             try:
                 await self.on_disk(self.disk.put, left, suffix, self.disk.max_bytes)
                 self.counters["spooled"] += len(left)
@@ -873,8 +865,8 @@ class Storage:
         return [became if result == "refused" else result for result in results]
 
     async def _insert(self, documents: Sequence[bytes], seconds: float) -> list[str]:
-        work = insert, self.collection, documents, seconds
-        results, complaints = await self.on_mongodb(*work)
+        answer = self.on_mongodb(insert, self.collection, documents, seconds)
+        results, complaints = await answer
         self.counters["stored"] += results.count("stored")
         self.counters["duplicates"] += results.count("duplicate")
         for code, said in complaints.items():
@@ -938,7 +930,7 @@ class Storage:
                 results = await self._try(documents, progress)
                 if results is None:
                     return False
-                left = refused_of(documents, results)
+                left = [d for d, was in zip(documents, results) if was == "refused"]
                 if again and left == documents and is_last and not progress.offset:
                     await self.on_disk(os.utime, self.disk.spool / name)
                     return True
@@ -1799,21 +1791,21 @@ def try_mongodb(collection: Any) -> str:
     """Tries an insert that leaves nothing; returns how much that proves.
 
     Raises what stands in the way. A standalone MongoDB, which has no transactions, gets
-    an insert that must fail, for its ``_id``.
+    only an insert that must fail, for its ``_id``.
     """
-    client, impossible = collection.database.client, bson.encode({"_id": []})
+    client = collection.database.client
     with pymongo.timeout(5):
         hello = client.admin.command("hello")
-        if "setName" in hello or hello.get("msg") == "isdbgrid":
+        if is_set := "setName" in hello or hello.get("msg") == "isdbgrid":
             event = to_document(SAMPLE | {"messageId": f"check-{ObjectId()}"})
             # The transaction has a write concern of its own.
             inside = collection.with_options(write_concern=WriteConcern())
             with client.start_session() as session, session.start_transaction():
                 inside.insert_one(RawBSONDocument(event.bson), session=session)
                 session.abort_transaction()
-            insert(collection, [impossible], 5)  # the write concern can be had, too
-            return "MongoDB took an event in a transaction, which was aborted"
-        insert(collection, [impossible], 5)
+        insert(collection, [bson.encode({"_id": []})], 5)  # and the write concern
+    if is_set:
+        return "MongoDB took an event in a transaction, which was aborted"
     proof = "MongoDB answers and lets this user insert; being no replica set it cannot "
     return proof + "show whether a validator or a view stands in the way"
 
