@@ -431,8 +431,8 @@ def concurrently(test: Callable[..., None]) -> Callable[..., None]:
 def scenes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Future[None]]]:
-    """Starts the selected tests that are marked ``concurrently``, four at a time."""
-    with ThreadPoolExecutor(4) as pool:
+    """Starts the selected tests that are marked ``concurrently``, six at a time."""
+    with ThreadPoolExecutor(6) as pool:
         futures = {}
         for item in request.session.items:
             if test := getattr(getattr(item, "function", None), "test", None):
