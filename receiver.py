@@ -752,11 +752,7 @@ class Storage:
         self._delivered = 0  # events since the spool last had nothing to send
         self._outage_said = False
 
-    def start(self) -> None:
-        self._draining = self._loop.create_task(self._drain())
-
     async def close(self, seconds: float) -> None:
-        self._draining.cancel()  # what it has under way is still in the spool
         if self._in_flight:
             await asyncio.wait(self._in_flight, timeout=seconds)
 
@@ -881,7 +877,8 @@ class Storage:
             self._outage_said = False
             log.info("MongoDB takes events again")
 
-    async def _drain(self) -> None:
+    async def drain(self) -> None:
+        """Delivers what is in the spool, for ever; a crash at any point costs nothing."""
         while True:
             try:
                 await self._round()
@@ -918,8 +915,8 @@ class Storage:
     async def _deliver(self, name: str) -> bool:
         """Delivers a file piece by piece; returns False if an insert failed as a whole.
 
-        A crash at any point costs nothing: an insert can be repeated, and what is refused
-        is in a file of its own before this one goes.
+        An insert can be repeated, and what is refused is in a file of its own before this
+        one goes.
         """
         progress = self._progress.setdefault(name, Progress())
         again, is_last = name.endswith(REFUSED), False
@@ -1855,7 +1852,7 @@ async def serve(settings: Settings) -> int:
     try:
         await asyncio.wait({starting, stopped}, timeout=2.0, return_when=some)
         await server.start(listener)
-        storage.start()
+        draining = loop.create_task(storage.drain())
         where = f"{settings.database}.{settings.collection}"
         log.info("listening on %s, events go to %s", url, where)
         if settings.trust_batches:
@@ -1872,6 +1869,7 @@ async def serve(settings: Settings) -> int:
         log.info("stopping")
         starting.cancel()
         await server.stop(5.0)
+        draining.cancel()
         await storage.close(ANSWER_SECONDS)
     finally:
         await mongod.stop(3.0)
