@@ -1,13 +1,13 @@
 """Receives Segment's webhooks, proves that they come from Segment, stores every event.
 
-It goes down the page as an event passes through it: 1. Settings, 2. Authenticity (is
-this body Segment's?), 3. Events (bytes, JSON, documents), 4. Storage (group commit into
-MongoDB, a spool on disk behind it), 5. HTTP, 6. Process.
+Each section builds on those above it: 1. Settings, 2. Authenticity (is this body
+Segment's?), 3. Events (bytes, JSON, documents), 4. Storage (group commit into MongoDB,
+a spool on disk behind it), 5. HTTP, 6. Process.
 
 In a hurry? ``Handler.do_POST``, then what it calls (``authenticate``, ``parse_events``,
 ``Storage.store``, ``insert``) is the whole integration; the rest is what makes it last.
-One thread, asyncio's, owns all state, so nothing is locked; what blocks (pymongo, the
-disk, the log) has threads of its own.
+What blocks (pymongo, the disk, the log) has threads; asyncio's thread owns all state
+but the spool's, which is the disk's, so nothing is locked.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def make_parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
             parser.add_argument(
                 flag,
                 help=f"{field.metadata['about']} [{', else '.join(names)}{default}]",
-                default=[*given, field.default][0],
+                default=[*given, field.default][0],  # argparse converts a str
                 type=functools.partial(convert, field, ", ".join([flag, *names])),
                 **(switch if field.type == "bool" else {}),
             )
@@ -197,7 +197,7 @@ def make_parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
 def convert(field: dataclasses.Field[Any], source: str, text: str) -> Any:
     """Returns a value of the field's type. Raises SettingsError."""
     text, values = usable(source, text), field.metadata["values"]
-    if field.type == "bool":
+    if field.type == "bool":  # a str, by the import from __future__
         if text.lower() not in RawConfigParser.BOOLEAN_STATES:  # on, true, 1, ...
             raise SettingsError(f"{source}: {text!r} is neither yes nor no")
         return RawConfigParser.BOOLEAN_STATES[text.lower()]
@@ -210,7 +210,7 @@ def convert(field: dataclasses.Field[Any], source: str, text: str) -> Any:
 
 
 def usable(source: str, text: str) -> str:
-    """Returns a value as it is. Raises SettingsError where it was clearly garbled."""
+    """Returns a value, secrets tidied. Raises SettingsError where it was garbled."""
     if source.lower().endswith("secret"):  # line ends may stand between secrets
         text = re.sub("[ \t\r\n]+", " ", text).strip(" ")
     if not text.strip():
@@ -245,7 +245,7 @@ class Refused(Exception):
 
 
 def sign(body: bytes, secret: bytes) -> str:
-    """Returns Segment's ``X-Signature``: the hex HMAC-SHA1 of the body's exact bytes."""
+    """Returns Segment's ``X-Signature``: hex HMAC-SHA1 of the body's exact bytes."""
     digest = keyed(secret).copy()
     digest.update(body)
     return digest.hexdigest()
@@ -253,12 +253,12 @@ def sign(body: bytes, secret: bytes) -> str:
 
 @functools.cache
 def keyed(secret: bytes) -> hmac.HMAC:
-    # hmac.digest would wait for the interpreter's lock while a thread inserts: 5 % slower.
+    # hmac.digest would wait for the interpreter's lock while a thread inserts: 5 %.
     return hmac.new(secret, digestmod="sha1")
 
 
 def verify(body: bytes, signature: str, keys: Iterable[bytes]) -> bool:
-    """Tells whether one of the secrets signed these bytes, in constant time for each."""
+    """Tells whether one of the secrets signed these bytes, each in constant time."""
     return any(hmac.compare_digest(sign(body, key), signature) for key in keys)
 
 
@@ -280,11 +280,11 @@ def first_event(batch: bytes) -> bytes:
 
 
 def authenticate(body: bytes, signature: str, settings: Settings) -> bool:
-    """Raises Refused (401) unless Segment signed the body; tells if events are wrapped.
+    """Raises Refused (401) unless Segment signed the body; True: events are wrapped.
 
     Of a batch Segment signs ``JSON.stringify(events[0])`` only, whose bytes follow the
     ``[``: that proves a batch of one, and a longer one if the operator trusts its rest.
-    *Extensible Webhook* sends ``[{"json":event}, ...]`` and signs the bare event. Seen in
+    *Extensible Webhook* sends ``[{"json":event}, ...]`` and signs the bare event. See
     https://github.com/segmentio/action-destinations (webhook, webhook-extensible).
     """
     keys = settings.shared_secrets
@@ -300,8 +300,8 @@ def authenticate(body: bytes, signature: str, settings: Settings) -> bool:
                 return True
     reason = "X-Signature does not match the body"
     if body.startswith(b"[") and not settings.trust_batches:
-        reason += ": of a batch Segment signs the first event only: turn batching off, "
-        reason += "or set SEGMENT_TRUST_BATCHES=1"
+        reason += " (of a batch Segment signs the first event only, so turn batching "
+        reason += "off, or set SEGMENT_TRUST_BATCHES=1)"
     raise Refused(401, reason)
 
 
@@ -319,8 +319,8 @@ def unfit(why: str) -> Refused:
 
 
 def integer(digits: str) -> int | float:
-    """BSON's integers have 64 bits; a larger one was a double in Segment's JavaScript."""
-    if len(digits) < 19 or (len(digits) < 21 and -(1 << 63) <= int(digits) < 1 << 63):
+    """BSON's integers have 64 bits; a larger one was a double in JavaScript."""
+    if len(digits) < 21 and -(1 << 63) <= int(digits) < 1 << 63:
         return int(digits)
     return float(digits)
 
@@ -349,8 +349,8 @@ class Events(NamedTuple):
 def parse_events(body: bytes, wrapped: bool) -> Events:
     """Turns an authentic body into documents.
 
-    Raises Refused: 400 if it is no JSON object or array of objects, 422 if BSON can hold
-    none of them.
+    Raises Refused: 400 if it is no JSON object or array of objects, 422 if BSON can
+    hold none of them.
     """
     try:
         value = DECODER.decode(str(body, "utf-8"))
@@ -408,9 +408,9 @@ def to_document(event: dict[str, Any]) -> Document:
                 event["_id"] = ObjectId()  # two that differ only there are two events
             event = without_lone_surrogates(event)
             encoded = bson.encode(event)
-        # Nesting that deep takes more bytes of these types than most events have.
+        # A quick look first: each level but the first has a byte of one of these types.
         levels = encoded.count(b"\x03") + encoded.count(b"\x04")
-        if levels > MAX_DEPTH and any(level > MAX_DEPTH for _, level in nested(event)):
+        if levels >= MAX_DEPTH and any(level > MAX_DEPTH for _, level in nested(event)):
             raise unfit(TOO_DEEP)
     except bson.errors.InvalidDocument:
         raise unfit("a NUL in a key") from None
@@ -438,14 +438,14 @@ def without_lone_surrogates(value: Any) -> Any:
 
 # --- 4. Storage -----------------------------------------------------------------------
 
-INSERT_SECONDS = 1.8  # an event waits for the insert before its own, and for its own
+INSERT_SECONDS = 1.8  # twice fits into an answer's time: an event's, and the one before
 RETRY_SECONDS = 1.0  # between two rounds of the spool
 REFUSED_SECONDS = 30.0  # a file of refused documents rests so long after its last try
-WEDGED_SECONDS = 20.0  # a batch that takes longer stops the watchdog's feed
+WEDGED_SECONDS = 20.0  # a batch that takes longer makes systemd restart the receiver
 PIECE_BYTES = MIB  # of the spool, for one insert
 PIECE_SECONDS, PIECE_BYTES_PER_SECOND = 5.0, 60_000  # the time that it may take
 BATCH_SECONDS = 0.005  # so long after the last batch one goes beside it
-MAX_IN_FLIGHT = 4  # with MongoDB 20 ms away 1.6 round trips an event; with one, 2.5
+MAX_IN_FLIGHT = 4  # MongoDB 20 ms away: 1.6 round trips an event; 2.5 with 1 in flight
 MAX_BATCH_EVENTS = 1000
 MAX_BATCH_BYTES = 4 * MIB  # pymongo makes copies
 MAX_WAITING_EVENTS = 20_000
@@ -508,7 +508,7 @@ def describe(error: BaseException) -> str:
 def is_repeat(collection: Any, data: bytes, fault: Mapping[str, Any]) -> bool:
     """Tells whether a duplicate key means that MongoDB holds this very event.
 
-    So it is where the key is a ``messageId``, Segment's own word for a repeat. Otherwise
+    So it is where the key is a ``messageId``, Segment's own word for it. Otherwise
     (an ``_id`` of the event's own, a collation, a service that does not name the key) a
     look at what stands under the ``_id`` decides. Raises PyMongoError.
     """
@@ -522,9 +522,11 @@ def is_repeat(collection: Any, data: bytes, fault: Mapping[str, Any]) -> bool:
     primary = collection.with_options(AS_STORED, pymongo.ReadPreference.PRIMARY)
     try:
         found = primary.find_one({"_id": {"$eq": event["_id"]}})
-        if found is None or by_message_id:
-            return found is not None and bool(found["_id"] == name)
-        # Compared as BSON, since to Python 1, 1.0 and True are one; MongoDB puts _id first.
+        if found is None:
+            return False
+        if by_message_id:
+            return bool(found["_id"] == name)
+        # As BSON, since to Python 1, 1.0 and True are one; MongoDB puts _id first.
         first = {"_id": None}
         return bson.encode(first | dict(found)) == bson.encode(first | dict(event))
     except errors.OperationFailure as error:
@@ -557,11 +559,21 @@ def insert(collection: Any, documents: Sequence[bytes], seconds: float) -> Outco
     return results, complaints
 
 
+@dataclasses.dataclass
+class Progress:
+    """How far a file of the spool is delivered, and how its next piece is tried."""
+
+    identity: tuple[int, int] = (0, 0)
+    offset: int = 0
+    most: int = PIECE_BYTES
+    failures: int = 0  # in a row
+
+
 class Disk:
     """``spool/`` and ``rejected/``: files that survive a power cut.
 
-    Its methods run in one thread, and raise OSError; to make it is to make, lock and try
-    the folders, and raises SettingsError, which names one.
+    Its methods run in one thread, and raise OSError. Making one makes, locks and tries
+    the folders, or raises SettingsError, which names one.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -603,7 +615,7 @@ class Disk:
         sync_folder(path.parent)
 
     def put(self, documents: Iterable[bytes], suffix: str, most: int) -> None:
-        """Writes documents to a new file of the spool: a dump, as mongorestore reads."""
+        """Writes documents to a new file of the spool: a dump, for mongorestore."""
         data = b"".join(documents)
         self.require_room(len(data), most)
         # After a crash, or with a wrong clock, a time alone could be there already.
@@ -625,14 +637,14 @@ class Disk:
         os.unlink(self.spool / ".tmp-probe")
 
     def scan(self) -> dict[str, float]:
-        """Returns the spool's files with the time of their last change, oldest first."""
+        """Returns the spool's files with the time of their last change."""
         self.spool.mkdir(mode=0o700, exist_ok=True)
         with os.scandir(self.spool) as entries:
             files = (each for each in entries if each.is_file(follow_symlinks=False))
             found = {each.name: each.stat() for each in files if each.name[0] != "."}
         self.files = len(found)
         self.bytes = sum(status.st_size for status in found.values())
-        return {name: found[name].st_mtime for name in sorted(found)}
+        return {name: status.st_mtime for name, status in found.items()}
 
     def read(self, name: str, progress: Progress) -> tuple[list[bytes], int, bool]:
         """Returns the next documents, where they end, and whether it is the file's end.
@@ -648,7 +660,7 @@ class Disk:
             if progress.identity != identity:  # somebody may have laid another there
                 progress.identity, progress.offset = identity, 0
             length, end = status.st_size, file.seek(progress.offset)
-            while end < length or not length:
+            while end < length or not length:  # an empty one is torn
                 head = file.read(4)
                 size = int.from_bytes(head, "little")
                 if documents and end + size - progress.offset > progress.most:
@@ -713,20 +725,10 @@ def sync_folder(path: Path) -> None:
         log.warning("%s cannot be synced: a power cut may undo a rename", path)
 
 
-@dataclasses.dataclass
-class Progress:
-    """How far a file of the spool has been delivered, and how its next piece is tried."""
-
-    identity: tuple[int, int] = (0, 0)
-    offset: int = 0
-    most: int = PIECE_BYTES
-    failures: int = 0  # in a row
-
-
 class Storage:
     """Stores documents in MongoDB, or on disk while MongoDB does not take them.
 
-    Group commit: all that waits goes out as one insert, and one journal flush serves it.
+    Group commit: what waits goes out as one insert, and one journal flush serves it.
     What MongoDB does not take, whatever it says, is tried again from the spool until it
     does: error codes differ too much to judge an event by.
     """
@@ -793,7 +795,7 @@ class Storage:
         return now - min(self._in_flight.values(), default=now) > WEDGED_SECONDS
 
     def _send(self) -> None:
-        """Sends what waits: at once if nothing is in flight, else a moment after it."""
+        """Sends what waits: at once, or a moment after the last batch in flight."""
         self._sending = None
         most = MAX_IN_FLIGHT if self.up else 1  # the disk has one thread
         while self._queue and len(self._in_flight) < most:
@@ -834,7 +836,7 @@ class Storage:
 
     async def _store_or_spool(self, documents: list[bytes]) -> list[str]:
         """Returns "stored", "duplicate", "spooled" or "lost" for each."""
-        results, suffix = ["refused"] * len(documents), ".bson"
+        results, suffix = ["refused"] * len(documents), ".bson"  # until it is asked
         if self.up:
             try:
                 results = await self._insert(documents, INSERT_SECONDS)
@@ -878,7 +880,7 @@ class Storage:
             log.info("MongoDB takes events again")
 
     async def drain(self) -> None:
-        """Delivers what is in the spool, for ever; a crash at any point costs nothing."""
+        """Delivers what is in the spool, for ever; a crash anywhere costs nothing."""
         while True:
             try:
                 await self._round()
@@ -905,7 +907,7 @@ class Storage:
             if not (rests and name.endswith(REFUSED)) and not await self._deliver(name):
                 self._after = name
                 return
-        self.up = True  # else nothing would ask again
+        self.up = True  # so that the next fresh event tries MongoDB
         if self._delivered:
             log.info("spool: %d events delivered", self._delivered)
             self._delivered = 0
@@ -915,8 +917,8 @@ class Storage:
     async def _deliver(self, name: str) -> bool:
         """Delivers a file piece by piece; returns False if an insert failed as a whole.
 
-        An insert can be repeated, and what is refused is in a file of its own before this
-        one goes.
+        An insert can be repeated, and what is refused is in a file of its own before
+        this one goes.
         """
         progress = self._progress.setdefault(name, Progress())
         again, is_last = name.endswith(REFUSED), False
@@ -929,7 +931,7 @@ class Storage:
                     return False
                 left = [d for d, was in zip(documents, results) if was == "refused"]
                 if again and left == documents and is_last and not progress.offset:
-                    await self.on_disk(os.utime, self.disk.spool / name)
+                    await self.on_disk(os.utime, self.disk.spool / name)  # rest anew
                     return True
                 if left:
                     await self.on_disk(self.disk.put, left, REFUSED, sys.maxsize)
@@ -947,9 +949,9 @@ class Storage:
     async def _try(self, piece: list[bytes], progress: Progress) -> list[str] | None:
         """Returns what became of a piece's documents; None if its insert failed.
 
-        After each failure, but one to reach a server, the next piece is half as large and
-        has twice the time, which a slow link or cluster needs. A document alone for which
-        MongoDB refuses the whole command, twice, is refused like others.
+        After each failure, but one to reach a server, the next piece is half as large
+        and has twice the time, which a slow link or cluster needs. A document alone for
+        which MongoDB refuses the whole command, twice, is refused like others.
         """
         if not piece:
             return []
@@ -983,12 +985,13 @@ class Storage:
 
 # --- 5. HTTP --------------------------------------------------------------------------
 
-# RFC 9110 section 5.6.2, RFC 9112 sections 3 and 5, without obs-fold, bare CR and bare LF:
+# RFC 9110 section 5.6.2, RFC 9112 sections 3 and 5, without obs-fold, bare CR and LF:
 # what two parsers could read in two ways is refused. Text is Latin-1: a byte each.
 TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 AUTHORITY = r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]+"
 REQUEST_LINE = re.compile(
-    rf"({TOKEN}) ((?:(?i:https?)://({AUTHORITY}))?(/[!->@-~]*)(?:\?([!-~]*))?) HTTP/1\.([01])"
+    rf"({TOKEN}) ((?:(?i:https?)://({AUTHORITY}))?(/[!->@-~]*)(?:\?([!-~]*))?)"
+    r" HTTP/1\.([01])"
 )
 FIELD_LINES = re.compile(rf"(?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*(?:\r\n|\Z))*")
 FIELD = re.compile(r"([^:\r]+):([^\r]*)(?:\r\n|\Z)")
@@ -1024,7 +1027,7 @@ def malformed(what: str) -> Refused:
 
 
 def parse_fields(lines: str) -> dict[str, str]:
-    """Returns fields, names in lower case, repeated ones joined. Raises Refused (400)."""
+    """Returns fields, names in lower case, repeated ones joined. Raises Refused."""
     if not FIELD_LINES.fullmatch(lines):
         raise malformed("header field")
     fields: dict[str, str] = {}
@@ -1044,12 +1047,12 @@ def members(value: str) -> list[str]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """A connection is a coroutine: http.server's handler, where what waits is async.
+    """A connection is a coroutine, which writes answers by http.server's methods.
 
-    ``command``, ``path`` (without the query), ``query`` and ``headers`` are those of the
+    ``command``, ``path`` (without the query), ``query``, ``headers`` are those of the
     request in hand, ``unread`` the bytes of its body that have not come. After
     ``deadline``, by the server's clock, the task is cancelled and answers ``late``, or
-    None closes without a word. Only one that is ``busy`` may hold an event.
+    None closes without a word. One that is ``busy`` makes no room for others.
     """
 
     protocol_version = "HTTP/1.1"
@@ -1247,7 +1250,7 @@ class Handler(BaseHTTPRequestHandler):
             pass
 
     async def do_POST(self) -> None:
-        """Takes events. Checks run cheapest first, before a byte of the body is read."""
+        """Takes events. Cheapest checks first, most before the body is read."""
         self.require_secret(self.settings.public_secrets)
         self.require_length()
         signature = self.headers.get("x-signature", "").lower()
@@ -1286,7 +1289,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(202 if spooled else 200, value)
 
     async def do_GET(self) -> None:
-        """Says whether events can be kept; counters only to whoever knows the secret."""
+        """Says whether events can be kept; with the public secret, counters, too."""
         self.refuse_transfer_encoding()
         storage, status = self.storage, "failing" if self.storage.failing else "ok"
         mongodb = "up" if storage.reachable else "down"
@@ -1312,7 +1315,7 @@ class Handler(BaseHTTPRequestHandler):
             given = [token.strip(" ").encode("latin-1")]
         same = [hmac.compare_digest(one, key) for one in given[:1] for key in accepted]
         if accepted and not (len(given) == 1 and any(same)):
-            raise Refused(401, "public secret: missing, wrong, or given twice")
+            raise Refused(401, "public secret missing, wrong, or given twice")
 
     def refuse_transfer_encoding(self) -> None:
         if "transfer-encoding" in self.headers:
@@ -1409,7 +1412,7 @@ class DemoHandler(Handler):
         super().end_headers()
 
     def require_loopback(self) -> None:
-        """Raises Refused (403) for another Host: DNS rebinding would let a site read."""
+        """Raises Refused (403) for another Host: DNS rebinding lets a site read."""
         host = re.sub(r":[0-9]*\Z", "", self.headers.get("host", ""))
         proxied = {"forwarded", "x-forwarded-for", "via"} & self.headers.keys()
         if proxied or not is_loopback(host.strip("[]")):
@@ -1421,12 +1424,12 @@ class Server:
 
     def __init__(self, settings: Settings, storage: Storage) -> None:
         self.settings, self.storage = settings, storage
-        self.clock = 0.0  # seconds, for deadlines
+        self.clock = 0.0  # seconds, without pauses: see watch
         self.date = formatdate(usegmt=True)
         self.stopping = False
         self.unauthorized = 0
         self.worker = ThreadPoolExecutor(1)  # the interpreter has no use for a second
-        # In the order in which they last completed a request; those that have to go, too.
+        # In the order in which they last completed a request, with those that must go.
         self.handlers: OrderedDict[Handler, None] = OrderedDict()
         self._most = settings.max_connections
         self._shows_events = settings.demo or (sys.stderr and sys.stderr.isatty())
@@ -1444,7 +1447,7 @@ class Server:
         listener.listen(1024)
 
     async def stop(self, seconds: float) -> None:
-        """Stops accepting, finishes the requests in hand, ends all other connections."""
+        """Stops accepting, finishes the requests in hand, ends other connections."""
         self.stopping = True
         end = time.monotonic() + seconds
         if sys.platform != "win32":
@@ -1471,7 +1474,7 @@ class Server:
         handler.task = asyncio.create_task(handler.handle())
 
     def _make_room(self) -> bool:
-        """Ends the connection that waits longest; returns False if none does for long."""
+        """Ends the connection that waits longest; returns False if none may go."""
         recently = time.monotonic() - GRACE_SECONDS  # its request may be on its way
         for handler in self.handlers:
             if handler.since > recently:
@@ -1504,10 +1507,10 @@ class Server:
             now = time.monotonic()
             self.clock += min(now - looked, 0.5)
             looked = now
-            late = {each for each in self.handlers if each.deadline < self.clock}
-            for handler in late & suspects:
+            overdue = {each for each in self.handlers if each.deadline < self.clock}
+            for handler in overdue & suspects:
                 handler.end(handler.late)
-            suspects = late
+            suspects = overdue
             self.date = formatdate(usegmt=True)
             mongod.report_end()
             if not self.storage.wedged:
@@ -1533,7 +1536,8 @@ SAMPLE = {  # a track call as Segment sends it, for --check
     "type": "track", "event": "Checked", "properties": {"itemName": "Roses"},
     "userId": None, "anonymousId": "check", "integrations": {},
     "context": {"library": {"name": "analytics.js", "version": "2.0.0"}},
-    "timestamp": MOMENT, "originalTimestamp": MOMENT, "sentAt": MOMENT, "receivedAt": MOMENT,
+    "timestamp": MOMENT, "originalTimestamp": MOMENT, "sentAt": MOMENT,
+    "receivedAt": MOMENT,
 }  # fmt: skip
 
 
@@ -1631,7 +1635,7 @@ def open_listener(settings: Settings) -> tuple[socket.socket, str]:
 
 
 def find_mongod() -> str | None:
-    """Returns a mongod's path: MONGOD, PATH, or the one that requirements.txt installs."""
+    """Returns a mongod's path: from MONGOD, PATH, or what requirements.txt installs."""
     if path := os.environ.get("MONGOD") or shutil.which("mongod"):
         return path
     package = importlib.util.find_spec("fiftyone")
@@ -1683,13 +1687,13 @@ class EmbeddedMongoDB:
         if sys.platform != "win32":  # where a stranger's file in /tmp would stop it
             argv.append("--nounixsocket")
         null = subprocess.DEVNULL
-        with tempfile.TemporaryFile() as words:
+        with tempfile.TemporaryFile() as output:
             try:
                 self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 socket.create_server((host, int(port))).close()  # the port is free
-                # In a session of its own, Ctrl-C does not end it before the last insert.
+                # In a session of its own Ctrl-C does not end it before the last insert.
                 self._process = subprocess.Popen(  # noqa: ASYNC220, it takes a moment
-                    argv, stdin=null, stdout=null, stderr=words, start_new_session=True
+                    argv, stdin=null, stdout=null, stderr=output, start_new_session=True
                 )
             except OSError as error:
                 return f"cannot start {binary} on {LOCAL_MONGODB}: {error.strerror}"
@@ -1699,8 +1703,8 @@ class EmbeddedMongoDB:
                     where = LOCAL_MONGODB, self.folder
                     log.info("started a MongoDB on %s, its data is in %s", *where)
                     return ""
-            words.seek(0)
-            said = words.read(500).decode(errors="replace").strip()
+            output.seek(0)
+            said = output.read(500).decode(errors="replace").strip()
         self._pid, status = 0, self._process.returncode
         reason = said or (f"see {record}" if record.exists() else "no reason given")
         why = {
@@ -1793,7 +1797,7 @@ def try_mongodb(collection: Any) -> str:
     client = collection.database.client
     with pymongo.timeout(5):
         hello = client.admin.command("hello")
-        if is_set := "setName" in hello or hello.get("msg") == "isdbgrid":
+        if has_transactions := "setName" in hello or hello.get("msg") == "isdbgrid":
             event = to_document(SAMPLE | {"messageId": f"check-{ObjectId()}"})
             # The transaction has a write concern of its own.
             inside = collection.with_options(write_concern=WriteConcern())
@@ -1801,7 +1805,7 @@ def try_mongodb(collection: Any) -> str:
                 inside.insert_one(RawBSONDocument(event.bson), session=session)
                 session.abort_transaction()
         insert(collection, [bson.encode({"_id": []})], 5)  # and the write concern
-    if is_set:
+    if has_transactions:
         return "MongoDB took an event in a transaction, which was aborted"
     proof = "MongoDB answers and lets this user insert; being no replica set it cannot "
     return proof + "show whether a validator or a view stands in the way"
@@ -1845,7 +1849,7 @@ async def serve(settings: Settings) -> int:
     server = Server(settings, storage)
     listener, url = open_listener(settings)
     mongod = EmbeddedMongoDB(storage, disk.data / "mongodb")
-    # Asked early, pymongo knows MongoDB by the first event; but nobody waits long for it.
+    # Asked early, pymongo knows MongoDB by the first event; nobody waits long for it.
     first = mongod.ask("ping") if settings.mongodb_uri else mongod.start()
     starting, stopped = loop.create_task(first), loop.create_task(stop.wait())
     some = asyncio.FIRST_COMPLETED

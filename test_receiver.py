@@ -865,6 +865,7 @@ REFUSED_BODIES: list[tuple[int, bytes, str]] = [
     *((422, body, "NUL") for body in (b'{"a\\u0000b":1}', b'{"a":[{"\\u0000":1}]}', b'[{"a\\u0000b":1},{"_id":[]}]', b"[%s]" % (b'{"\\u0000":1},' * 999 + b'{"_id":[]}'))),
     *((422, nested(levels).encode(), "100 levels") for levels in (101, 250, 300_000)),
     (422, b'{"a":' + b"[" * 100 + b"]" * 100 + b"}", "100 levels"),
+    (422, b'{"messageId":"m","":' + b'{"":' * 100 + b'"aaaaaaaaaaa"' + b"}" * 101, "100 levels"),
     (422, b'{"_id":[1]}', "array"), (422, rb'{"\ud83d":1,"\ud83e":2}', "keys"),  # both would be U+FFFD
     *((422, body, "$") for body in (b'{"_id":{"$a":1}}', b'{"_id":{"a":[{"b":{"$c":1}}]}}', b'{"_id":{"$' + b"k" * 20_000 + b'":1}}')),
     (422, b'{"a":[' + b"1," * 1_500_000 + b"1]}", "BSON"),  # over 16 MB of it
@@ -2223,10 +2224,10 @@ def test_who_sends_while_it_is_paused_is_not_late(start: Start, kind: str) -> No
     text = "x" * (1_000_000 if kind == "a large body" else 1)
     requests = [signed(track(text=text), "Connection: close") for _ in range(number)]
     with contextlib.ExitStack() as stack:
+        began = time.monotonic()
         clients = [stack.enter_context(receiver.connect()) for _ in requests]
         for client, request in zip(clients, requests, strict=True):
             client.sendall(request[:cut])
-        began = time.monotonic()
         wait_until(lambda: time.monotonic() > began + seconds)
         receiver.process.send_signal(signal.SIGSTOP)
         for client, request in zip(clients, requests, strict=True):
