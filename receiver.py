@@ -597,9 +597,15 @@ class Disk:
                 why = f"cannot write to {folder}: {error.strerror}"
                 raise SettingsError(f"RECEIVER_DATA_DIR: {why}") from None
 
+    def make(self, folder: Path) -> None:
+        """Makes spool/ or rejected/ again, which may be deleted at any time."""
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+            sync_folder(folder.parent)
+
     def write(self, path: Path, data: bytes) -> None:
         """Writes a file whole and durably, or not at all."""
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        self.make(path.parent)
         temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
         private = functools.partial(os.open, mode=0o600)  # events hold personal data
         try:
@@ -638,10 +644,13 @@ class Disk:
 
     def scan(self) -> dict[str, float]:
         """Returns the spool's files with the time of their last change."""
-        self.spool.mkdir(mode=0o700, exist_ok=True)
+        self.make(self.spool)
+        found: dict[str, os.stat_result] = {}
         with os.scandir(self.spool) as entries:
-            files = (each for each in entries if each.is_file(follow_symlinks=False))
-            found = {each.name: each.stat() for each in files if each.name[0] != "."}
+            for each in entries:
+                with contextlib.suppress(FileNotFoundError):  # somebody took it away
+                    if each.is_file(follow_symlinks=False) and each.name[0] != ".":
+                        found[each.name] = each.stat()
         self.files = len(found)
         self.bytes = sum(status.st_size for status in found.values())
         return {name: status.st_mtime for name, status in found.items()}
@@ -908,6 +917,8 @@ class Storage:
                 self._after = name
                 return
         self.up = True  # so that the next fresh event tries MongoDB
+        if self.reachable:
+            self.failing = 0
         if self._delivered:
             log.info("spool: %d events delivered", self._delivered)
             self._delivered = 0
@@ -1013,7 +1024,7 @@ LOOK_SECONDS = 0.25
 GRACE_SECONDS = 1.0  # so long after it came or was answered a connection makes no room
 READ_BYTES = 64 * KIB  # a body that is larger is worked on in a thread
 MAX_BODIES_BYTES = 32 * MIB  # of all bodies that have come in part
-SPARE_FILES = 30  # descriptors for MongoDB, the disk, the log
+SPARE_FILES = 64  # descriptors for MongoDB, the disk, the log, those who find no room
 
 # What is answered to who is ended; not raised, since that would pile up tracebacks.
 INCOMPLETE = Refused(408, "the request was not complete in time")
@@ -1244,7 +1255,8 @@ class Handler(BaseHTTPRequestHandler):
         """Lets the client read the answer: unread bytes turn a close into a reset."""
         self.enter(LINGER_SECONDS, None)
         self.writer.write_eof()
-        if self.evicted:  # its place is another's already
+        evicted = sum(each.evicted for each in self.server.handlers)
+        if self.evicted and evicted < 10:  # its place is another's already
             await asyncio.sleep(0.02)
         while not self.evicted and await self.reader.read(READ_BYTES):
             pass
@@ -1438,10 +1450,10 @@ class Server:
         if sys.platform != "win32":
             files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
             if files < self._most + SPARE_FILES:
-                self._most = max(files - SPARE_FILES, 1)
+                self._most = max(files - SPARE_FILES, files // 4)
                 log.warning("%d connections at most: ulimit -n %d", self._most, files)
         # asyncio's backlog is also how many it accepts at once.
-        accepting = asyncio.start_server(self._connect, sock=listener, backlog=16)
+        accepting = asyncio.start_server(self._connect, sock=listener, backlog=4)
         self._server = await accepting
         self._listener = listener
         listener.listen(1024)
@@ -1514,7 +1526,8 @@ class Server:
             self.date = formatdate(usegmt=True)
             mongod.report_end()
             if not self.storage.wedged:
-                counts, up = self.storage.counters, "up" if self.storage.up else "down"
+                counts = self.storage.counters
+                up = "up" if self.storage.reachable else "down"
                 status = f"{counts['stored']} stored, {counts['spooled']} spooled"
                 notify(f"WATCHDOG=1\nSTATUS={status}, MongoDB {up}")
 
@@ -1610,23 +1623,25 @@ def open_listener(settings: Settings) -> tuple[socket.socket, str]:
 
     Raises SettingsError if neither can be had.
     """
-    host, port = settings.host, settings.port
-    if os.environ.get("LISTEN_PID") == str(os.getpid()):
-        if os.environ.get("LISTEN_FDS") != "1":
-            raise SettingsError("systemd has to hand over one socket, not several")
-        os.set_inheritable(3, False)
-        listener = socket.socket(fileno=3)
-        if settings.demo and not is_loopback(str(listener.getsockname()[0])):
-            raise SettingsError("the demo takes only a loopback socket of systemd")
-    else:
-        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-        try:
+    host, where = settings.host, f"{settings.host}:{settings.port}"
+    try:
+        if os.environ.get("LISTEN_PID") == str(os.getpid()):
+            where = "the socket of systemd"
+            if os.environ.get("LISTEN_FDS") != "1":
+                raise SettingsError("systemd has to hand over one socket, not several")
+            os.set_inheritable(3, False)
+            listener = socket.socket(fileno=3)
+            if settings.demo and not is_loopback(str(listener.getsockname()[0])):
+                raise SettingsError("the demo takes only a loopback socket of systemd")
+        else:
+            listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
             if sys.platform != "win32":
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((host, port))
-        except OSError as error:
-            why = f"cannot listen on {host}:{port}: {error.strerror}"
-            raise SettingsError(why) from None
+            listener.bind((host, settings.port))
+        listener.listen()
+    except OSError as error:
+        why = f"cannot listen on {where}: {error.strerror}"
+        raise SettingsError(why) from None
     address = listener.getsockname()
     if not isinstance(address, tuple):
         return listener, f"unix:{address}"
@@ -1654,15 +1669,26 @@ class EmbeddedMongoDB:
 
     async def start(self) -> None:
         """Uses the MongoDB that answers there, else starts one; logs what it did."""
-        if await self.ask("ping"):
-            with contextlib.suppress(OSError, ValueError):
-                pid = int((self.folder / "mongod.lock").read_text())
-                status = await self.ask("serverStatus")
-                self._pid = pid if status.get("pid") == pid else 0
+        end = time.monotonic() + 10
+        while not (answers := await self.ask("ping")) and time.monotonic() < end:
+            if not self._left_behind():
+                break  # else it may only be slow
+        if answers:
+            pid = (await self.ask("serverStatus")).get("pid")
+            self._pid = pid if pid and pid == self._left_behind() else 0
             whose = "of a receiver that was killed" if self._pid else "which was there"
             log.info("uses the MongoDB on %s, %s", LOCAL_MONGODB, whose)
         elif why := await self._start():
             log.warning("no MongoDB, events go to the spool: %s", why)
+
+    def _left_behind(self) -> int:
+        """Returns the process id of a mongod that has this folder, else 0."""
+        with contextlib.suppress(OSError, ValueError):
+            pid = int((self.folder / "mongod.lock").read_text())
+            if sys.platform != "win32":  # where 0 is Ctrl-C
+                os.kill(pid, 0)
+            return pid
+        return 0
 
     async def ask(self, command: str) -> dict[str, Any]:
         """Returns MongoDB's answer to a command, nothing if none comes in a while."""
@@ -1723,15 +1749,19 @@ class EmbeddedMongoDB:
 
     async def stop(self, seconds: float) -> None:
         """Stops it, or after that time kills it, which its journal makes safe."""
-        end = time.monotonic() + seconds
+        end, pid, self._pid = time.monotonic() + seconds, self._pid, 0
+        if not pid:
+            return
+        if not self._process and (await self.ask("serverStatus")).get("pid") != pid:
+            return  # it has ended, and another process may have its number
         with contextlib.suppress(OSError):  # it has ended
-            if self._pid:
-                os.kill(self._pid, signal.SIGTERM)
-            while self._pid:
+            os.kill(pid, signal.SIGTERM)
+            while time.monotonic() < end:
                 await asyncio.sleep(0.05)
                 if self._process and self._process.poll() is not None:
                     return
-                os.kill(self._pid, 0 if time.monotonic() < end else signal.SIGKILL)
+                os.kill(pid, 0)
+            os.kill(pid, signal.SIGKILL)
 
 
 def with_demo_secrets(settings: Settings, disk: Disk) -> Settings:
@@ -1744,7 +1774,7 @@ def with_demo_secrets(settings: Settings, disk: Disk) -> Settings:
         if not path.exists():
             line = f"{secrets.token_urlsafe(24)} {secrets.token_urlsafe(24)}\n"
             disk.write(path, line.encode())
-        shared, public = path.read_bytes().split()
+        shared, public = path.read_text("ascii").encode().split()
     except (OSError, ValueError):
         raise SettingsError(f"{path} cannot be read: delete it") from None
     known = settings.public_secrets or (public,)
@@ -1877,6 +1907,8 @@ async def serve(settings: Settings) -> int:
         await storage.close(ANSWER_SECONDS)
     finally:
         await mongod.stop(3.0)
+    for number in signals:  # the loop cannot be told any more
+        signal.signal(number, signal.SIG_IGN)
     log.info("stopped")
     return 0 if stop.is_set() else 1
 

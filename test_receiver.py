@@ -1057,7 +1057,7 @@ def test_a_bad_event_fails_alone_in_its_batch(start: Start, own_mongod: Mongod) 
     database = own_mongod.client[receiver.database]
     database.create_collection("events", **FORBIDDEN)
     sent = [track() for _ in range(31)]
-    bad = track(messageId="bad", forbidden="ada@example.com")
+    bad = track(messageId="no-good", forbidden="ada@example.com")
     before = inserts(own_mongod)
     own_mongod.process.send_signal(signal.SIGSTOP)  # so that all of them gather
     threading.Timer(0.3, own_mongod.process.send_signal, [signal.SIGCONT]).start()
@@ -1068,9 +1068,9 @@ def test_a_bad_event_fails_alone_in_its_batch(start: Start, own_mongod: Mongod) 
     health = receiver.health()
     assert (health["status"], health["mongodb"]) == ("ok", "up")
     assert (health["refused"], health["spool_files"]) == (1, 1)
-    assert [event["messageId"] for event in spooled(receiver)] == ["bad"]
+    assert [event["messageId"] for event in spooled(receiver)] == ["no-good"]
     assert "121" in receiver.log and "Document failed validation" in receiver.log
-    assert "ada@" not in receiver.log and "bad" not in receiver.log
+    assert "ada@" not in receiver.log and "no-good" not in receiver.log
     # Of ten that are the same one is stored.
     sent.append(track())
     answers = together(*[lambda: receiver.post(sent[-1])] * 10)
@@ -1753,6 +1753,7 @@ def test_mongodb_is_tried_again_though_nothing_is_in_the_spool(
     own_mongod.kill()
     assert receiver.post(track()).status == 503
     own_mongod.start()
+    wait_until(lambda: receiver.get("/health").status == 200)
     wait_until(lambda: receiver.post(track()).status == 200)
 
 
@@ -1945,6 +1946,20 @@ def test_restarting_with_the_socket_held_loses_nothing(start: Start) -> None:
             ] * 300
     assert receiver.events().count_documents({}) == 900
     listener.close()
+
+
+def test_a_socket_or_secrets_of_no_use_are_a_line_and_2(tmp_path: Path) -> None:
+    (tmp_path / "demo-secrets").write_bytes(b"\xff\xfe \xfd")
+    lines = ["import socket", "one = socket.socket(type=socket.SOCK_DGRAM)"]
+    lines += ["os.dup2(one.fileno(), 3)", "os.environ['LISTEN_FDS'] = '1'"]
+    lines += ["os.environ['LISTEN_PID'] = str(os.getpid())"]
+    for before, secret, words in ((lines, SECRET, "systemd"), ([], {}, "demo-secrets")):
+        env = {"RECEIVER_DATA_DIR": str(tmp_path), "PORT": "0", **secret}
+        ended = subprocess.run(
+            after(*before), env=env, check=False, capture_output=True, text=True
+        )
+        assert ended.returncode == 2 and words in ended.stderr, ended.stderr
+        assert ended.stderr.count("\n") == 1, ended.stderr
 
 
 # --- HTTP -------------------------------------------------------------------------------
@@ -2802,7 +2817,7 @@ def test_it_works_although(start: Start, limit: str) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(80):
             stack.enter_context(receiver.connect())
-        wait_until(lambda: receiver.post(track()).status == 200)
+        wait_until(lambda: is_served(receiver))
     assert receiver.stop() == 0
 
 
