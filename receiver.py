@@ -645,12 +645,9 @@ class Disk:
     def scan(self) -> dict[str, float]:
         """Returns the spool's files with the time of their last change."""
         self.make(self.spool)
-        found: dict[str, os.stat_result] = {}
         with os.scandir(self.spool) as entries:
-            for each in entries:
-                with contextlib.suppress(FileNotFoundError):  # somebody took it away
-                    if each.is_file(follow_symlinks=False) and each.name[0] != ".":
-                        found[each.name] = each.stat()
+            files = (each for each in entries if each.is_file(follow_symlinks=False))
+            found = {each.name: each.stat() for each in files if each.name[0] != "."}
         self.files = len(found)
         self.bytes = sum(status.st_size for status in found.values())
         return {name: status.st_mtime for name, status in found.items()}

@@ -41,6 +41,7 @@ import pymongo
 import pytest
 from bson.datetime_ms import DatetimeMS
 from bson.int64 import Int64
+from bson.raw_bson import RawBSONDocument
 
 import receiver as product
 
@@ -762,6 +763,7 @@ def test_a_trusted_batch_is_let_in_by_its_first_events_signature(start: Start) -
         for text in ('}],{"\\"{[', "x" * 60_000, "x" * 70_000)
     )
     deep = b'{"a":' * 101 + b"1" + b"}" * 101
+    braces = b'{"a":[' + b"{}," * 4999 + b"{}]}"
     for name, body, signature, status in [
         ("as Segment's", b"[%s,{}]" % odd, sign(odd), 200),
         ("wrapped by Extensible Webhook", b'[{"json":%s},{"json":{}}]' % odd, sign(odd), 200),
@@ -774,6 +776,7 @@ def test_a_trusted_batch_is_let_in_by_its_first_events_signature(start: Start) -
         ("not an array", odd + b",{}", sign(odd), 401),
         ("no comma", b"[%s {}]" % odd, sign(odd), 400),
         ("only braces", b"[" + b"{" * 1_000_000, sign(b"{"), 401),
+        ("its first event has 10,000 braces", b"[%s,{}]" % braces, sign(braces), 401),
         ("its first event is nested too deep", b"[%s,{}]" % deep, sign(deep), 200),
     ]:  # fmt: skip
         assert receiver.post(body, signature=signature).status == status, name
@@ -1230,7 +1233,7 @@ REPEATS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         (WAITS, {"messageId": "", "n": 2}),
     ],
     "a document that Python cannot read": [
-        (WAITS, {"_id": "far future", "n": 1}),
+        (WAITS, {"_id": "odd", "n": 1}),
         (NEW, {"_id": 1, "n": 1}),
         (REPEAT, {"_id": 1, "n": 1}),
     ],
@@ -1258,8 +1261,9 @@ def test_a_repeat_is_the_same_event_and_anything_else_waits(
     if "index" in where:
         events.create_index(where.split()[-1], unique=True)
     unreadable = "Python" in where
-    if unreadable:  # nor what stands beside it in a dump, a date past the year 9999
-        events.insert_one({"_id": "far future", "date": DatetimeMS(2**52)})
+    if unreadable:  # its text is no UTF-8
+        odd = bson.encode({"_id": "odd", "text": "xx"}).replace(b"xx", b"\xff\xfe")
+        events.insert_one(RawBSONDocument(odd))
     for word, event in rows:
         answer = receiver.post(event)
         if word == WAITS:
@@ -1483,8 +1487,10 @@ def test_202_means_a_dump_on_the_disk(without_mongodb: Start) -> None:
     receiver.stop()
     receiver.environment["EINVAL"] = "1"
     receiver.start()
+    synced = steps_of(receiver).count("fsync folder")
     shutil.rmtree(file.parent)
     wait_until(lambda: receiver.health()["spool_files"] == 0)
+    assert steps_of(receiver).count("fsync folder") == synced + 1
     assert receiver.post(events[0]).status == 202
     assert len(spooled(receiver)) == 1
     warnings = [line for line in receiver.log.splitlines() if "WARNING" in line]
@@ -2068,7 +2074,7 @@ CLOSING: list[tuple[int, bytes]] = [
 KEPT: list[tuple[list[int], bytes]] = [
     *(([200], request) for request in (
         b"\r\n" + HEALTH, message(GET_HEALTH, "Host:"), message(GET_HEALTH, "Host: [::1]:8080"), get("X: \xe4\xff"), get("X: \t a b \t "),
-        get("X:"), get("Content-Length: 0"), get(target="http://example.com/health"), get(target="https://example.com:8080/health?a"),
+        get("X:"), get("Content-Length: 0"), get(target="http://example.com/health"), get(target="HTTPS://example.com:8080/health?a"),
         get(target="/health?" + "x" * (8192 - 8)), get(field_of(32 * 1024)), get(*["X: a"] * 99),
         message("GET /health HTTP/1.0", "Connection: keep-alive"), message("GET /health HTTP/1.0", "Connection: x,\tKeep-Alive"))),
     ([200, 200], HEALTH + b"\r\n" + HEALTH), ([200] * 500, HEALTH * 500),
@@ -2310,6 +2316,7 @@ def test_segment_is_served_beside_strangers_who_send(start: Start, name: str) ->
         wait_until(lambda: is_served(receiver))
         for size in (1, 1_000_000) * 3:
             assert receiver.post(track(text="x" * size)).status == 200
+    assert "out of system resource" not in receiver.log
     if "queries" in name and Path("/proc/self/stat").exists():
         stat = Path(f"/proc/{receiver.process.pid}/stat").read_text().rsplit(")")[-1]
         ticks = sum(map(int, stat.split()[11:13]))
@@ -2559,7 +2566,7 @@ def test_nothing_is_smuggled_through(start: Start, tmp_path: Path, proxy: str) -
 # HTTP: the demo
 
 EVENTS = "/events" + QUERY
-THIS_MACHINE = ("127.0.0.1", "127.0.0.1:80", "localhost", "localhost:1", "[::1]:80", "127.9.9.9")  # fmt: skip
+THIS_MACHINE = ("127.0.0.1", "127.0.0.1:80", "localhost", "LOCALHOST:80", "localhost:1", "[::1]:80", "127.9.9.9")  # fmt: skip
 # The status of its page and of its events, the events' query, the request's fields.
 DEMO: list[tuple[int, int, str, list[str]]] = [
     *((200, 200, QUERY, [f"Host: {host}"]) for host in THIS_MACHINE),
@@ -2642,6 +2649,14 @@ def test_only_pages_of_this_machine_may_read_the_demos_answers(
             assert "X-Signature" in answer.headers["Access-Control-Allow-Headers"]
         answer = receiver.request(method, target, Origin=origin)  # without the demo
         assert not [name for name in answer.headers if "Access-Control" in name]
+
+
+@concurrently
+def test_a_demo_prints_no_secret_of_the_users_own(start: Start) -> None:
+    receiver = start(SEGMENT_SHARED_SECRET=None)
+    wait_until(lambda: "Ctrl-C" in receiver.log)
+    assert "secret=SEGMENT_PUBLIC_SECRET" in receiver.log
+    assert QUERY not in receiver.log
 
 
 def test_the_demos_log_escapes_control_characters(demo_receiver: Receiver) -> None:
@@ -2819,7 +2834,8 @@ TO_LOG = ["os.set_inheritable(log, True)", "os.dup2(log, 1)", "os.dup2(log, 2)"]
 LIMITS = {
     "its log has no reader": ["read, log = os.pipe()", "os.close(read)", *TO_LOG],
     "its log is not read": [
-        "_, log = os.pipe()",
+        "read, log = os.pipe()",
+        "os.set_inheritable(read, True)",
         "fcntl.fcntl(log, 1031, 4096)",
         *TO_LOG,
     ],
@@ -2838,7 +2854,13 @@ def test_it_works_although(start: Start, limit: str) -> None:
         for _ in range(80):
             stack.enter_context(receiver.connect())
         wait_until(lambda: is_served(receiver))
-    assert receiver.stop() == 0
+
+    def ends() -> bool:
+        receiver.process.send_signal(signal.SIGTERM)  # again and again
+        return receiver.process.poll() is not None
+
+    wait_until(ends)
+    assert receiver.process.returncode == 0
 
 
 class Systemd:
@@ -2852,9 +2874,14 @@ class Systemd:
 
     def wait_for(self, state: str) -> str:
         """Reads notifications until one has this in it, and returns it."""
-        while state not in (said := self.socket.recv(4096).decode()):
-            pass
-        return said
+        received: list[str] = []
+        wait_until(
+            lambda: (
+                received.append(self.socket.recv(4096).decode())
+                or state in received[-1]
+            )
+        )
+        return received[-1]
 
 
 @concurrently
