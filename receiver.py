@@ -1452,7 +1452,6 @@ class Server:
         # asyncio's backlog is also how many it accepts at once.
         accepting = asyncio.start_server(self._connect, sock=listener, backlog=4)
         self._server = await accepting
-        self._listener = listener
         listener.listen(1024)
 
     async def stop(self, seconds: float) -> None:
@@ -1461,7 +1460,7 @@ class Server:
         end = time.monotonic() + seconds
         if sys.platform != "win32":
             # close() drops those that asyncio has accepted and not yet handed over.
-            asyncio.get_running_loop().remove_reader(self._listener)
+            asyncio.get_running_loop().remove_reader(self._server.sockets[0])
             await asyncio.sleep(0.02)
         self._server.close()
         while self.handlers and (now := time.monotonic()) < end:
@@ -1777,11 +1776,12 @@ def say(text: str) -> None:
 
 def welcome(settings: Settings, url: str, given: Settings) -> str:
     """Returns what a demo prints: secrets that are made up, none of the user's own."""
-    public = quote(settings.events_secrets[0], safe="")
-    fragment = "" if given.public_secrets else f"&public={public}"
+    public, fragment = "SEGMENT_PUBLIC_SECRET", ""
+    if not given.public_secrets:
+        public = quote(settings.events_secrets[0], safe="")
+        fragment = f"public={public}"
     if given.shared_secrets:
-        return f"demo page: {url}/{fragment.replace('&', '#')}"
-    public = "SEGMENT_PUBLIC_SECRET" if given.public_secrets else public
+        return f"demo page: {url}/#{fragment}"
     shared = settings.shared_secrets[0].decode()
     now = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
     return f"""
@@ -1789,7 +1789,7 @@ No SEGMENT_SHARED_SECRET is set, so this is a demo with secrets that are made up
 
   webhook URL    {url}/webhook?secret={public}
   shared secret  {shared}
-  demo page      {url}/#shared={shared}{fragment}
+  demo page      {url}/#shared={shared}&{fragment}
   the events     in MongoDB, collection {settings.database}.{settings.collection}
 
 Send a signed event from another terminal:
