@@ -455,14 +455,13 @@ REFUSED = ".refused.bson"  # how the names of files end that rest
 AS_STORED = CodecOptions(
     RawBSONDocument, datetime_conversion=DatetimeConversion.DATETIME_AUTO
 )
-Sent = tuple[list[bytes], asyncio.Future[list[str]]]  # documents, their results
-Outcome = tuple[list[str], dict[int, str]]  # results, MongoDB's words by their code
 
 
 def open_collection(settings: Settings) -> Any:
     """Returns the collection. Raises SettingsError for a connection string that pymongo
     refuses or warns of, without a piece of the string, which may hold a password."""
     uri = settings.mongodb_uri or f"mongodb://{LOCAL_MONGODB}"
+    source = "MONGODB_URI"
     # How soon a host is asked again that swallows packets, or a primary that was lost.
     options: dict[str, Any] = {"connectTimeoutMS": 2000, "heartbeatFrequencyMS": 1000}
     options = {n: v for n, v in options.items() if n.lower() not in uri.lower()}
@@ -475,21 +474,21 @@ def open_collection(settings: Settings) -> Any:
         given = client.write_concern
         if not given.acknowledged:
             raise ValueError("with w=0 MongoDB never says that it stored an event")
+        concern = WriteConcern(**{"w": "majority", "j": True, **given.document})
+        source = "MONGODB_DATABASE, MONGODB_COLLECTION"
         # https://www.mongodb.com/docs/manual/reference/limits/
         if not re.fullmatch(r'[^/\\. "$*<>:|?]{1,63}', settings.database):
-            raise errors.InvalidName("the database cannot have that name")
-        concern = WriteConcern(**{"w": "majority", "j": True, **given.document})
+            raise ValueError("the database cannot have that name")
         collection = client[settings.database][settings.collection]
         return collection.with_options(write_concern=concern)
-    except errors.InvalidName as error:
-        raise SettingsError(f"MONGODB_DATABASE, MONGODB_COLLECTION: {error}") from None
     except (errors.PyMongoError, ValueError, OSError, UserWarning) as error:
-        reason = re.sub(r"^\[Errno \d+\] ", "", str(error))
-        names, rest = re.findall("[?&]([^=]*)=", uri), uri.partition("://")[2]
-        for piece in re.split("[/:@?&=,]+", f"{rest},{unquote(rest)}"):
-            if len(piece) > 2 and piece not in names:
+        # The names of options may be said.
+        values = re.sub("[?&][^=]*=", ",", uri.partition("://")[2])
+        reason = str(error)
+        for piece in re.split("[/:@?&=,]+", f"{values},{unquote(values)}"):
+            if len(piece) > 2:
                 reason = reason.replace(piece, "...")
-        raise SettingsError(f"MONGODB_URI: {reason[:300]}") from None
+        raise SettingsError(f"{source}: {reason[:300]}") from None
 
 
 def words(text: str) -> str:
@@ -498,11 +497,11 @@ def words(text: str) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Returns what an error of pymongo's may say in the log, and no more."""
+    """Returns what an error of pymongo's or the disk's may say in the log."""
     name = type(error).__name__
     if isinstance(error, errors.OperationFailure):
         return f"{name}, code {error.code}, {words(str(error))}"
-    return name
+    return getattr(error, "strerror", None) or name
 
 
 def is_repeat(collection: Any, data: bytes, fault: Mapping[str, Any]) -> bool:
@@ -522,10 +521,8 @@ def is_repeat(collection: Any, data: bytes, fault: Mapping[str, Any]) -> bool:
     primary = collection.with_options(AS_STORED, pymongo.ReadPreference.PRIMARY)
     try:
         found = primary.find_one({"_id": {"$eq": event["_id"]}})
-        if found is None:
-            return False
-        if by_message_id:
-            return bool(found["_id"] == name)
+        if by_message_id or not found:
+            return bool(found and found["_id"] == name)
         # As BSON, since to Python 1, 1.0 and True are one; MongoDB puts _id first.
         first = {"_id": None}
         return bson.encode(first | dict(found)) == bson.encode(first | dict(event))
@@ -537,8 +534,11 @@ def is_repeat(collection: Any, data: bytes, fault: Mapping[str, Any]) -> bool:
         return False  # a document that Python cannot read
 
 
-def insert(collection: Any, documents: Sequence[bytes], seconds: float) -> Outcome:
-    """Returns "stored", "duplicate" or "refused" for each, and what MongoDB said.
+def insert(
+    collection: Any, documents: Sequence[bytes], seconds: float
+) -> tuple[list[str], dict[int, str]]:
+    """Returns "stored", "duplicate" or "spooled" for each, which is what has to become
+    of those that MongoDB refused, and its words by their code.
 
     Raises what pymongo raises where nothing is known of any of them.
     """
@@ -553,7 +553,7 @@ def insert(collection: Any, documents: Sequence[bytes], seconds: float) -> Outco
             for fault in error.details["writeErrors"]:
                 data, code = documents[fault["index"]], fault["code"]
                 repeat = code == DUPLICATE_KEY and is_repeat(collection, data, fault)
-                results[fault["index"]] = "duplicate" if repeat else "refused"
+                results[fault["index"]] = "duplicate" if repeat else "spooled"
                 if not repeat:
                     complaints[code] = words(fault["errmsg"])
     return results, complaints
@@ -606,13 +606,12 @@ class Disk:
     def write(self, path: Path, data: bytes) -> None:
         """Writes a file whole and durably, or not at all."""
         self.make(path.parent)
-        temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
-        private = functools.partial(os.open, mode=0o600)  # events hold personal data
+        descriptor, temporary = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
         try:
-            with open(temporary, "xb", opener=private) as file:
+            with open(descriptor, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                os.fsync(descriptor)
             os.replace(temporary, path)
         except OSError:
             with contextlib.suppress(OSError):
@@ -642,22 +641,21 @@ class Disk:
         self.write(self.spool / ".tmp-probe", bytes(size))
         os.unlink(self.spool / ".tmp-probe")
 
-    def scan(self) -> dict[str, float]:
-        """Returns the spool's files with the time of their last change."""
+    def scan(self) -> dict[str, os.stat_result]:
+        """Returns the files that are in the spool now."""
         self.make(self.spool)
         with os.scandir(self.spool) as entries:
             files = (each for each in entries if each.is_file(follow_symlinks=False))
             found = {each.name: each.stat() for each in files if each.name[0] != "."}
         self.files = len(found)
         self.bytes = sum(status.st_size for status in found.values())
-        return {name: status.st_mtime for name, status in found.items()}
+        return found
 
     def read(self, name: str, progress: Progress) -> tuple[list[bytes], int, bool]:
         """Returns the next documents, where they end, and whether it is the file's end.
 
         They have ``progress.most`` bytes together, or it is one. One without ``_id``,
-        which a second try would store again, is set aside; so is a file that is foreign
-        from there on: FileNotFoundError.
+        which a second try would store again, is set aside; so is what is torn or foreign.
         """
         documents: list[bytes] = []
         with open(self.spool / name, "rb") as file:
@@ -671,21 +669,21 @@ class Disk:
                 size = int.from_bytes(head, "little")
                 if documents and end + size - progress.offset > progress.most:
                     break
-                # MongoDB's own documents may be 16 KiB larger than those of its users.
-                is_size = 5 <= size <= MAX_BSON_BYTES + 16 * KIB
-                document = head + file.read(size - 4 if is_size else 0)
+                document = head + file.read(
+                    min(max(size - 4, 0), MAX_BSON_BYTES + 16 * KIB)
+                )
                 try:
                     has_id = "_id" in RawBSONDocument(document, AS_STORED)
                 except bson.errors.InvalidBSON:
-                    if documents:
-                        break
-                    why = f"spool/{name} is torn, empty or foreign at byte {end}"
-                    self.set_aside(name, why)
-                    raise FileNotFoundError(errno.ENOENT, why) from None
+                    if not documents:
+                        why = f"spool/{name} is torn, empty or foreign at byte {end}"
+                        self.keep(self.spool / name, why)
+                        end = length
+                    break
                 if has_id:
                     documents.append(document)
                 else:
-                    self.keep(document, f"spool/{name}, at byte {end}: no _id", ".bson")
+                    self.keep(document, f"spool/{name}, at byte {end}: no _id")
                 end += size
         return documents, end, end >= length
 
@@ -697,22 +695,19 @@ class Disk:
             self.files -= 1
             self.bytes -= status.st_size
 
-    def keep(self, data: bytes, reason: str, suffix: str) -> None:
-        """Keeps in ``rejected/`` what can be no document, and why."""
-        name = hashlib.sha256(data).hexdigest()[:32]  # again the same, the same file
-        why = f"{reason}\n".encode(errors="backslashreplace")
-        self.write(self.rejected / f"{name}.reason.txt", why)
-        self.write(self.rejected / f"{name}{suffix}", data)
-        log.warning("kept in %s: %s", self.rejected, words(reason))
-
-    def set_aside(self, name: str, reason: str) -> None:
-        """Moves a file from the spool to ``rejected/``."""
-        kept = self.rejected / f"{secrets.token_hex(16)}.bson"
+    def keep(self, what: bytes | Path, reason: str, suffix: str = ".bson") -> None:
+        """Keeps in ``rejected/`` bytes or a file that can be no document, and why."""
+        same = what if isinstance(what, bytes) else os.urandom(16)
+        # The same bytes again are the same file.
+        kept = self.rejected / f"{hashlib.sha256(same).hexdigest()[:32]}{suffix}"
         why = f"{reason}\n".encode(errors="backslashreplace")
         self.write(kept.with_suffix(".reason.txt"), why)
-        os.replace(self.spool / name, kept)
-        sync_folder(self.rejected)
-        log.warning("kept as %s: %s", kept, reason)
+        if isinstance(what, bytes):
+            self.write(kept, what)
+        else:
+            os.replace(what, kept)
+            sync_folder(self.rejected)
+        log.warning("kept in %s: %s", self.rejected, words(reason))
 
 
 def sync_folder(path: Path) -> None:
@@ -729,6 +724,21 @@ def sync_folder(path: Path) -> None:
         if error.errno not in (errno.EINVAL, errno.EACCES):
             raise
         log.warning("%s cannot be synced: a power cut may undo a rename", path)
+
+
+class Batch:
+    """Documents that go out as one insert, and what became of each once it is done."""
+
+    def __init__(self) -> None:
+        self.documents: list[bytes] = []
+        self.bytes = 0
+        self.results: list[str] = []
+        self.is_lost = False  # what was to be spooled
+        self.done = asyncio.Event()
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.documents) >= MAX_BATCH_EVENTS or self.bytes >= MAX_BATCH_BYTES
 
 
 class Storage:
@@ -750,10 +760,9 @@ class Storage:
         run, threads = self._loop.run_in_executor, MAX_IN_FLIGHT + 2  # spool and demo
         self.on_mongodb = functools.partial(run, ThreadPoolExecutor(threads))
         self.on_disk = functools.partial(run, ThreadPoolExecutor(1))
-        self._queue: deque[Sent] = deque()
+        self._queue: deque[Batch] = deque()
         self._waiting = 0  # events in the queue or in flight
         self._in_flight: dict[asyncio.Task[None], float] = {}  # since when
-        self._next_batch = 0.0  # when another may be sent beside them
         self._sending: asyncio.Handle | None = None
         self._progress: dict[str, Progress] = {}
         self._after = ""  # the file at which the last round ended
@@ -773,12 +782,20 @@ class Storage:
             return []
         if self._waiting and self._waiting + len(documents) > MAX_WAITING_EVENTS:
             raise Refused(503, "too many events in flight")
-        results: asyncio.Future[list[str]] = self._loop.create_future()
+        if not self._queue or self._queue[-1].is_full:
+            self._queue.append(Batch())
+        batch = self._queue[-1]
+        begin = len(batch.documents)
+        batch.documents += documents
+        batch.bytes += sum(map(len, documents))
         self._waiting += len(documents)
-        self._queue.append((documents, results))
         if not self._sending:  # after all that came in this turn of the loop
             self._sending = self._loop.call_soon(self._send)
-        return await results
+        await batch.done.wait()
+        results = batch.results[begin : begin + len(documents)]
+        if batch.is_lost and "spooled" in results:
+            raise Refused(503, "neither MongoDB nor disk takes it")
+        return results
 
     async def keep(self, body: bytes, reason: str, events: int = 1) -> None:
         """Keeps a body that can be no document. Raises Refused (503) if it cannot."""
@@ -806,84 +823,60 @@ class Storage:
         most = MAX_IN_FLIGHT if self.up else 1  # the disk has one thread
         while self._queue and len(self._in_flight) < most:
             now = self._loop.time()
-            if self._in_flight and now < self._next_batch:
-                self._sending = self._loop.call_at(self._next_batch, self._send)
+            due = max(self._in_flight.values(), default=0.0) + BATCH_SECONDS
+            if now < due:
+                self._sending = self._loop.call_at(due, self._send)
                 return
-            self._next_batch = now + BATCH_SECONDS
-            batch: list[Sent] = []
-            events = size = 0
-            while self._queue and events < MAX_BATCH_EVENTS and size < MAX_BATCH_BYTES:
-                batch.append(self._queue.popleft())
-                events += len(batch[-1][0])
-                size += sum(map(len, batch[-1][0]))
-            self._in_flight[self._loop.create_task(self._commit(batch))] = now
+            task = self._loop.create_task(self._commit(self._queue.popleft()))
+            self._in_flight[task] = now
 
-    async def _commit(self, batch: list[Sent]) -> None:
-        documents = [document for sent, _ in batch for document in sent]
-        results = ["lost"] * len(documents)
-        try:
-            results = await self._store_or_spool(documents)
-        except Exception:
-            log.exception("internal error")
-        self._waiting -= len(documents)
-        self._in_flight.pop(asyncio.current_task())  # type: ignore[arg-type]
-        if self._sending:
-            self._sending.cancel()
-        self._send()  # first, so that MongoDB works while these are answered
-        remaining = iter(results)
-        for sent, future in batch:
-            part = [next(remaining) for _ in sent]
-            if future.done():  # its sender did not wait
-                continue
-            if "lost" in part:
-                future.set_exception(Refused(503, "neither MongoDB nor disk takes it"))
-            else:
-                future.set_result(part)
-
-    async def _store_or_spool(self, documents: list[bytes]) -> list[str]:
-        """Returns "stored", "duplicate", "spooled" or "lost" for each."""
-        results, suffix = ["refused"] * len(documents), ".bson"  # until it is asked
+    async def _commit(self, batch: Batch) -> None:
+        """Stores what MongoDB takes of a batch, and spools what it does not."""
+        documents, suffix = batch.documents, ".bson"
+        batch.results = ["spooled"] * len(documents)
         if self.up:
             try:
-                results = await self._insert(documents, INSERT_SECONDS)
+                batch.results = await self._insert(documents, INSERT_SECONDS)
                 suffix = REFUSED
-                self._came_up()
             except Exception as error:  # noqa: BLE001, whatever it is, the events wait
                 self.up = False
                 if not self._outage_said:
                     said = "MongoDB cannot take events, they go to %s until it can: %s"
                     log.error(said, self.disk.spool, describe(error))
                 self._outage_said = True
-        became, failing = "spooled", 0
-        left = [data for data, was in zip(documents, results) if was == "refused"]
-        if left:
-            try:
+        left = [d for d, was in zip(documents, batch.results) if was == "spooled"]
+        try:
+            if left:
                 await self.on_disk(self.disk.put, left, suffix, self.disk.max_bytes)
                 self.counters["spooled"] += len(left)
                 self.counters["refused"] += len(left) if suffix == REFUSED else 0
-            except OSError as error:
-                said = "events are answered 503: %s: %s"
-                log.warning(said, self.disk.spool, error.strerror)
-                became, failing = "lost", sum(map(len, left))
-        self.failing = failing
-        return [became if result == "refused" else result for result in results]
+            self.failing = 0
+        except Exception as error:  # noqa: BLE001, whatever it is, their senders know
+            said = "events are answered 503: %s: %s"
+            log.warning(said, self.disk.spool, describe(error))
+            self.failing, batch.is_lost = sum(map(len, left)), True
+        self._waiting -= len(documents)
+        self._in_flight.pop(asyncio.current_task())  # type: ignore[arg-type]
+        if self._sending:
+            self._sending.cancel()
+        self._send()  # first, so that MongoDB works while these are answered
+        batch.done.set()
 
     async def _insert(self, documents: Sequence[bytes], seconds: float) -> list[str]:
+        began = self._loop.time()
         answer = self.on_mongodb(insert, self.collection, documents, seconds)
         results, complaints = await answer
+        if self._loop.time() - began < INSERT_SECONDS:  # as a fresh event needs it
+            self.up = True
+            if self._outage_said:
+                log.info("MongoDB takes events again")
+            self._outage_said = False
         self.counters["stored"] += results.count("stored")
         self.counters["duplicates"] += results.count("duplicate")
         for code, said in complaints.items():
             message = "MongoDB refuses events, they wait in %s: code %d, %s"
             log.warning(message, self.disk.spool, code, said)
         return results
-
-    def _came_up(self) -> None:
-        """An insert was answered as fast as a fresh event needs it."""
-        self.up = True
-        if self._outage_said:
-            self._outage_said = False
-            log.info("MongoDB takes events again")
 
     async def drain(self) -> None:
         """Delivers what is in the spool, for ever; a crash anywhere costs nothing."""
@@ -899,7 +892,7 @@ class Storage:
 
         The next round begins behind that file, so that none holds up the others.
         """
-        found: dict[str, float] = {}  # also where the folder cannot be read
+        found: dict[str, os.stat_result] = {}  # also where the folder cannot be read
         with contextlib.suppress(OSError):
             found = await self.on_disk(self.disk.scan)
             if self.failing:
@@ -909,8 +902,19 @@ class Storage:
         now, after = time.time(), self._after
         for name in sorted(found, key=lambda n: (n.endswith(REFUSED), n <= after, n)):
             # A time in the future counts as past.
-            rests = 0 <= now - found[name] < REFUSED_SECONDS
-            if not (rests and name.endswith(REFUSED)) and not await self._deliver(name):
+            rests = 0 <= now - found[name].st_mtime < REFUSED_SECONDS
+            if rests and name.endswith(REFUSED):
+                continue
+            try:
+                await self._deliver(name)
+            except FileNotFoundError:
+                del self._progress[name]  # it was set aside, or somebody took it away
+            except OSError as error:
+                log.warning("spool/%s waits: %s", name, describe(error))
+            except Exception as error:  # noqa: BLE001, whatever it is, it is tried again
+                log.warning(
+                    "%s waits for MongoDB: %s", self.disk.spool, describe(error)
+                )
                 self._after = name
                 return
         self.up = True  # so that the next fresh event tries MongoDB
@@ -922,73 +926,57 @@ class Storage:
             if not self.disk.files:  # what is refused from now on is news
                 PatientLog.logged.clear()
 
-    async def _deliver(self, name: str) -> bool:
-        """Delivers a file piece by piece; returns False if an insert failed as a whole.
+    async def _deliver(self, name: str) -> None:
+        """Delivers a file piece by piece. Raises OSError, or what an insert raised.
 
         An insert can be repeated, and what is refused is in a file of its own before
         this one goes.
         """
         progress = self._progress.setdefault(name, Progress())
         again, is_last = name.endswith(REFUSED), False
-        try:
-            while not is_last:
-                read = self.on_disk(self.disk.read, name, progress)
-                documents, end, is_last = await read
-                results = await self._try(documents, progress)
-                if results is None:
-                    return False
-                left = [d for d, was in zip(documents, results) if was == "refused"]
-                if again and left == documents and is_last and not progress.offset:
-                    await self.on_disk(os.utime, self.disk.spool / name)  # rest anew
-                    return True
-                if left:
-                    await self.on_disk(self.disk.put, left, REFUSED, sys.maxsize)
-                    self.counters["refused"] += 0 if again else len(left)
-                progress.offset = end
-            await self.on_disk(self.disk.remove, name, progress)
-            del self._progress[name]
-        except FileNotFoundError:  # it was set aside, or somebody took it away
-            del self._progress[name]
-        except Exception as error:  # noqa: BLE001, whatever it is, others go on
-            why = getattr(error, "strerror", None) or describe(error)
-            log.warning("spool/%s waits: %s", name, why)
-        return True
+        while not is_last:
+            read = self.on_disk(self.disk.read, name, progress)
+            documents, end, is_last = await read
+            left = await self._try(documents, progress) if documents else []
+            if again and left == documents and is_last and not progress.offset:
+                await self.on_disk(os.utime, self.disk.spool / name)  # rest anew
+                return
+            if left:
+                await self.on_disk(self.disk.put, left, REFUSED, sys.maxsize)
+                self.counters["refused"] += 0 if again else len(left)
+            progress.offset = end
+        await self.on_disk(self.disk.remove, name, progress)
 
-    async def _try(self, piece: list[bytes], progress: Progress) -> list[str] | None:
-        """Returns what became of a piece's documents; None if its insert failed.
+    async def _try(self, piece: list[bytes], progress: Progress) -> list[bytes]:
+        """Returns what MongoDB refused of a piece. Raises what its insert raised.
 
         After each failure, but one to reach a server, the next piece is half as large
         and has twice the time, which a slow link or cluster needs. A document alone for
         which MongoDB refuses the whole command, twice, is refused like others.
         """
-        if not piece:
-            return []
         size, began = sum(map(len, piece)), self._loop.time()
         seconds = PIECE_SECONDS + size / PIECE_BYTES_PER_SECOND
-        seconds *= 2 ** min(progress.failures, 6)
         try:
-            results = await self._insert(piece, seconds)
-        except Exception as error:  # noqa: BLE001, whatever it is, they are tried again
-            log.warning("%s waits for MongoDB: %s", self.disk.spool, describe(error))
+            results = await self._insert(
+                piece, seconds * 2 ** min(progress.failures, 6)
+            )
+        except Exception as error:
             no_server = isinstance(error, errors.ConnectionFailure)
             if no_server and not isinstance(error, errors.NetworkTimeout):
-                return None
+                raise
             progress.failures += 1
             progress.most = max(size // 2, 1)
             is_late = getattr(error, "timeout", False)
             if len(piece) > 1 or is_late or progress.failures < 2:
-                return None
-            results = ["refused"]
-        else:
-            took = self._loop.time() - began
-            if took < INSERT_SECONDS:
-                self._came_up()
-            self._delivered += len(results) - results.count("refused")
-            progress.most = min(progress.most * 2, PIECE_BYTES)
-            if self._in_flight or self._queue:
-                await asyncio.sleep(took)  # fresh events go first
-        progress.failures = 0
-        return results
+                raise
+            progress.failures = 0
+            return piece
+        left = [data for data, was in zip(piece, results) if was == "spooled"]
+        self._delivered += len(piece) - len(left)
+        progress.failures, progress.most = 0, min(progress.most * 2, PIECE_BYTES)
+        if self._in_flight or self._queue:  # fresh events go first
+            await asyncio.sleep(self._loop.time() - began)
+        return left
 
 
 # --- 5. HTTP --------------------------------------------------------------------------
