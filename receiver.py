@@ -455,6 +455,7 @@ REFUSED = ".refused.bson"  # how the names of files end that rest
 AS_STORED = CodecOptions(
     RawBSONDocument, datetime_conversion=DatetimeConversion.DATETIME_AUTO
 )
+Outcome = tuple[list[str], dict[int, str]]  # results, MongoDB's words by their code
 
 
 def open_collection(settings: Settings) -> Any:
@@ -482,12 +483,10 @@ def open_collection(settings: Settings) -> Any:
         collection = client[settings.database][settings.collection]
         return collection.with_options(write_concern=concern)
     except (errors.PyMongoError, ValueError, OSError, UserWarning) as error:
-        # The names of options may be said.
-        values = re.sub("[?&][^=]*=", ",", uri.partition("://")[2])
-        reason = str(error)
-        for piece in re.split("[/:@?&=,]+", f"{values},{unquote(values)}"):
-            if len(piece) > 2:
-                reason = reason.replace(piece, "...")
+        reason, rest = str(error), uri.partition("://")[2]
+        values = re.sub("[?&][^=]*=", ",", rest)  # options may be named
+        for piece in re.findall("[^/:@?&=,]{3,}", f"{values},{unquote(values)}"):
+            reason = reason.replace(piece, "...")
         raise SettingsError(f"{source}: {reason[:300]}") from None
 
 
@@ -526,19 +525,14 @@ def is_repeat(collection: Any, data: bytes, fault: Mapping[str, Any]) -> bool:
         # As BSON, since to Python 1, 1.0 and True are one; MongoDB puts _id first.
         first = {"_id": None}
         return bson.encode(first | dict(found)) == bson.encode(first | dict(event))
-    except errors.OperationFailure as error:
-        if error.timeout:
+    except (errors.OperationFailure, bson.errors.BSONError) as error:
+        if getattr(error, "timeout", False):
             raise
-        return False  # its user may not look
-    except bson.errors.BSONError:
-        return False  # a document that Python cannot read
+        return False  # its user may not look, or Python cannot read what stands there
 
 
-def insert(
-    collection: Any, documents: Sequence[bytes], seconds: float
-) -> tuple[list[str], dict[int, str]]:
-    """Returns "stored", "duplicate" or "spooled" for each, which is what has to become
-    of those that MongoDB refused, and its words by their code.
+def insert(collection: Any, documents: list[bytes], seconds: float) -> Outcome:
+    """Returns "stored", "duplicate" or, where MongoDB refused it, "spooled" for each.
 
     Raises what pymongo raises where nothing is known of any of them.
     """
@@ -590,21 +584,24 @@ class Disk:
                 self.write(folder / ".tmp-probe", b"")
                 for unfinished in folder.glob(".tmp-*"):  # so never promised
                     unfinished.unlink()
-                sync_folder(folder.parent)
-            except BlockingIOError:
-                raise SettingsError(f"{folder}: another receiver uses it") from None
+                self.sync(folder.parent)
             except OSError as error:
-                why = f"cannot write to {folder}: {error.strerror}"
-                raise SettingsError(f"RECEIVER_DATA_DIR: {why}") from None
+                is_locked = isinstance(error, BlockingIOError)
+                why = "another receiver uses it" if is_locked else error.strerror
+                raise SettingsError(f"RECEIVER_DATA_DIR: {folder}: {why}") from None
 
     def make(self, folder: Path) -> None:
         """Makes spool/ or rejected/ again, which may be deleted at any time."""
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
-            sync_folder(folder.parent)
+            self.sync(folder.parent)
 
-    def write(self, path: Path, data: bytes) -> None:
-        """Writes a file whole and durably, or not at all."""
+    def write(self, path: Path, data: bytes, most: int = sys.maxsize) -> None:
+        """Writes a file whole and durably, or not at all; ``most`` bounds the spool."""
+        if self.bytes + len(data) > most:
+            self.scan()  # somebody may have made room
+        if self.bytes + len(data) > most:
+            raise OSError(errno.EDQUOT, f"limit of {most} bytes reached")
         self.make(path.parent)
         descriptor, temporary = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
         try:
@@ -617,28 +614,35 @@ class Disk:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-        sync_folder(path.parent)
+        self.sync(path.parent)
 
-    def put(self, documents: Iterable[bytes], suffix: str, most: int) -> None:
+    def sync(self, folder: Path) -> None:
+        """Makes a rename durable; Windows does so by itself."""
+        if sys.platform == "win32":
+            return
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EACCES):
+                raise
+            log.warning("%s cannot be synced: a power cut may undo a rename", folder)
+
+    def put(self, documents: list[bytes], suffix: str, most: int = sys.maxsize) -> None:
         """Writes documents to a new file of the spool: a dump, for mongorestore."""
         data = b"".join(documents)
-        self.require_room(len(data), most)
         # After a crash, or with a wrong clock, a time alone could be there already.
         name = f"{time.time_ns():020d}-{secrets.token_hex(4)}{suffix}"
-        self.write(self.spool / name, data)
+        self.write(self.spool / name, data, most)
         self.files += 1
         self.bytes += len(data)
 
-    def require_room(self, size: int, most: int) -> None:
-        if self.bytes + size > most:
-            self.scan()  # somebody may have made room
-            if self.bytes + size > most:
-                raise OSError(errno.EDQUOT, f"limit of {most} bytes reached")
-
     def probe(self, size: int) -> None:
         """Finds out whether an event of that many bytes could be written."""
-        self.require_room(size, self.max_bytes)
-        self.write(self.spool / ".tmp-probe", bytes(size))
+        self.write(self.spool / ".tmp-probe", bytes(size), self.max_bytes)
         os.unlink(self.spool / ".tmp-probe")
 
     def scan(self) -> dict[str, os.stat_result]:
@@ -652,13 +656,15 @@ class Disk:
         return found
 
     def read(self, name: str, progress: Progress) -> tuple[list[bytes], int, bool]:
-        """Returns the next documents, where they end, and whether it is the file's end.
+        """Returns the next documents, where they end, and whether they are all.
 
-        They have ``progress.most`` bytes together, or it is one. One without ``_id``,
-        which a second try would store again, is set aside; so is what is torn or foreign.
+        They have ``progress.most`` bytes together, or it is one; a file that has no more
+        is removed. What is torn or foreign is set aside, and so is a document without
+        ``_id``, which a second try would store again.
         """
         documents: list[bytes] = []
-        with open(self.spool / name, "rb") as file:
+        path = self.spool / name
+        with open(path, "rb") as file:
             status = os.fstat(file.fileno())
             identity = status.st_ino, status.st_mtime_ns  # inodes are soon used again
             if progress.identity != identity:  # somebody may have laid another there
@@ -669,31 +675,26 @@ class Disk:
                 size = int.from_bytes(head, "little")
                 if documents and end + size - progress.offset > progress.most:
                     break
-                document = head + file.read(
-                    min(max(size - 4, 0), MAX_BSON_BYTES + 16 * KIB)
-                )
+                # MongoDB's own documents may be 16 KiB larger than those of its users.
+                is_size = 5 <= size <= MAX_BSON_BYTES + 16 * KIB
+                document = head + file.read(size - 4 if is_size else 0)
                 try:
                     has_id = "_id" in RawBSONDocument(document, AS_STORED)
                 except bson.errors.InvalidBSON:
                     if not documents:
                         why = f"spool/{name} is torn, empty or foreign at byte {end}"
-                        self.keep(self.spool / name, why)
-                        end = length
-                    break
+                        self.keep(path, why)
+                    return documents, end, False
                 if has_id:
                     documents.append(document)
                 else:
                     self.keep(document, f"spool/{name}, at byte {end}: no _id")
                 end += size
-        return documents, end, end >= length
-
-    def remove(self, name: str, progress: Progress) -> None:
-        """Removes a file, unless it is another one by now."""
-        status = (self.spool / name).stat()
-        if progress.identity == (status.st_ino, status.st_mtime_ns):
-            os.unlink(self.spool / name)
+        if not documents:
+            os.unlink(path)
             self.files -= 1
-            self.bytes -= status.st_size
+            self.bytes -= length
+        return documents, end, progress.offset == 0 and end == length
 
     def keep(self, what: bytes | Path, reason: str, suffix: str = ".bson") -> None:
         """Keeps in ``rejected/`` bytes or a file that can be no document, and why."""
@@ -706,24 +707,8 @@ class Disk:
             self.write(kept, what)
         else:
             os.replace(what, kept)
-            sync_folder(self.rejected)
+            self.sync(self.rejected)
         log.warning("kept in %s: %s", self.rejected, words(reason))
-
-
-def sync_folder(path: Path) -> None:
-    """Makes a rename durable; Windows does so by itself."""
-    if sys.platform == "win32":
-        return
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EACCES):
-            raise
-        log.warning("%s cannot be synced: a power cut may undo a rename", path)
 
 
 class Batch:
@@ -750,8 +735,7 @@ class Storage:
     """
 
     def __init__(self, collection: Any, disk: Disk) -> None:
-        self.collection = collection
-        self.disk = disk
+        self.collection, self.disk = collection, disk
         self.up = True  # whether fresh events are worth a try
         self.failing = 0  # bytes that lately could be kept nowhere
         names = "stored", "duplicates", "rejected", "spooled", "refused"
@@ -764,9 +748,6 @@ class Storage:
         self._waiting = 0  # events in the queue or in flight
         self._in_flight: dict[asyncio.Task[None], float] = {}  # since when
         self._sending: asyncio.Handle | None = None
-        self._progress: dict[str, Progress] = {}
-        self._after = ""  # the file at which the last round ended
-        self._delivered = 0  # events since the spool last had nothing to send
         self._outage_said = False
 
     async def close(self, seconds: float) -> None:
@@ -841,8 +822,7 @@ class Storage:
             except Exception as error:  # noqa: BLE001, whatever it is, the events wait
                 self.up = False
                 if not self._outage_said:
-                    said = "MongoDB cannot take events, they go to %s until it can: %s"
-                    log.error(said, self.disk.spool, describe(error))
+                    log.error("MongoDB takes no events, they wait: %s", describe(error))
                 self._outage_said = True
         left = [d for d, was in zip(documents, batch.results) if was == "spooled"]
         try:
@@ -852,8 +832,7 @@ class Storage:
                 self.counters["refused"] += len(left) if suffix == REFUSED else 0
             self.failing = 0
         except Exception as error:  # noqa: BLE001, whatever it is, their senders know
-            said = "events are answered 503: %s: %s"
-            log.warning(said, self.disk.spool, describe(error))
+            log.warning("events are answered 503: spool/: %s", describe(error))
             self.failing, batch.is_lost = sum(map(len, left)), True
         self._waiting -= len(documents)
         self._in_flight.pop(asyncio.current_task())  # type: ignore[arg-type]
@@ -862,7 +841,7 @@ class Storage:
         self._send()  # first, so that MongoDB works while these are answered
         batch.done.set()
 
-    async def _insert(self, documents: Sequence[bytes], seconds: float) -> list[str]:
+    async def _insert(self, documents: list[bytes], seconds: float) -> list[str]:
         began = self._loop.time()
         answer = self.on_mongodb(insert, self.collection, documents, seconds)
         results, complaints = await answer
@@ -874,109 +853,88 @@ class Storage:
         self.counters["stored"] += results.count("stored")
         self.counters["duplicates"] += results.count("duplicate")
         for code, said in complaints.items():
-            message = "MongoDB refuses events, they wait in %s: code %d, %s"
-            log.warning(message, self.disk.spool, code, said)
+            log.warning("MongoDB refuses events, they wait: code %d, %s", code, said)
         return results
 
     async def drain(self) -> None:
-        """Delivers what is in the spool, for ever; a crash anywhere costs nothing."""
+        """Delivers what is in the spool, for ever; a crash anywhere costs nothing.
+
+        A round tries every due file, refused ones last, until an insert fails as a
+        whole; the next begins behind that file, so that none holds up the others.
+        """
+        after, progress = "", dict[str, Progress]()
         while True:
-            try:
-                await self._round()
-            except Exception:
-                log.exception("%s cannot be delivered", self.disk.spool)
+            found: dict[str, os.stat_result] = {}
+            with contextlib.suppress(Exception):  # also where the folder cannot be read
+                found = await self.on_disk(self.disk.scan)
+                if self.failing:
+                    await self.on_disk(self.disk.probe, self.failing)
+                    self.failing = 0
+            progress = {n: p for n, p in progress.items() if n in found}
+            order = [(n.endswith(REFUSED), n <= after, n) for n in found]
+            for rests, _, name in sorted(order):
+                # A time in the future counts as past.
+                age = time.time() - found[name].st_mtime
+                if rests and 0 <= age < REFUSED_SECONDS:
+                    continue
+                try:
+                    with contextlib.suppress(FileNotFoundError):  # it was taken away
+                        await self._deliver(name, progress.setdefault(name, Progress()))
+                    del progress[name]
+                except OSError as error:
+                    log.warning("spool/%s waits: %s", name, describe(error))
+                except Exception as error:  # noqa: BLE001, it is tried again
+                    log.warning("spool/ waits for MongoDB: %s", describe(error))
+                    after = name
+                    break
+            else:
+                self.up = True  # so that the next fresh event tries MongoDB
+                if self.reachable:
+                    self.failing = 0
+                if found and not self.disk.files:
+                    log.info("spool/ is empty again")
+                    PatientLog.logged.clear()  # what is refused from now on is news
             await asyncio.sleep(RETRY_SECONDS)
 
-    async def _round(self) -> None:
-        """Tries every due file, refused ones last, until an insert fails as a whole.
-
-        The next round begins behind that file, so that none holds up the others.
-        """
-        found: dict[str, os.stat_result] = {}  # also where the folder cannot be read
-        with contextlib.suppress(OSError):
-            found = await self.on_disk(self.disk.scan)
-            if self.failing:
-                await self.on_disk(self.disk.probe, self.failing)
-                self.failing = 0
-        self._progress = {n: p for n, p in self._progress.items() if n in found}
-        now, after = time.time(), self._after
-        for name in sorted(found, key=lambda n: (n.endswith(REFUSED), n <= after, n)):
-            # A time in the future counts as past.
-            rests = 0 <= now - found[name].st_mtime < REFUSED_SECONDS
-            if rests and name.endswith(REFUSED):
-                continue
-            try:
-                await self._deliver(name)
-            except FileNotFoundError:
-                del self._progress[name]  # it was set aside, or somebody took it away
-            except OSError as error:
-                log.warning("spool/%s waits: %s", name, describe(error))
-            except Exception as error:  # noqa: BLE001, whatever it is, it is tried again
-                log.warning(
-                    "%s waits for MongoDB: %s", self.disk.spool, describe(error)
-                )
-                self._after = name
-                return
-        self.up = True  # so that the next fresh event tries MongoDB
-        if self.reachable:
-            self.failing = 0
-        if self._delivered:
-            log.info("spool: %d events delivered", self._delivered)
-            self._delivered = 0
-            if not self.disk.files:  # what is refused from now on is news
-                PatientLog.logged.clear()
-
-    async def _deliver(self, name: str) -> None:
+    async def _deliver(self, name: str, progress: Progress) -> None:
         """Delivers a file piece by piece. Raises OSError, or what an insert raised.
 
-        An insert can be repeated, and what is refused is in a file of its own before
-        this one goes.
+        What is refused is in a file of its own before this one goes. After each failure,
+        but one to reach a server, the next piece is half as large and has twice the
+        time, which a slow link or cluster needs. A document alone for which MongoDB
+        refuses the whole command, twice, is refused like others.
         """
-        progress = self._progress.setdefault(name, Progress())
-        again, is_last = name.endswith(REFUSED), False
-        while not is_last:
-            read = self.on_disk(self.disk.read, name, progress)
-            documents, end, is_last = await read
-            left = await self._try(documents, progress) if documents else []
-            if again and left == documents and is_last and not progress.offset:
-                await self.on_disk(os.utime, self.disk.spool / name)  # rest anew
+        again = name.endswith(REFUSED)
+        while True:
+            piece, end, is_all = await self.on_disk(self.disk.read, name, progress)
+            if not piece:
                 return
+            size, began = sum(map(len, piece)), self._loop.time()
+            seconds = PIECE_SECONDS + size / PIECE_BYTES_PER_SECOND
+            seconds *= 2 ** min(progress.failures, 6)
+            try:
+                results = await self._insert(piece, seconds)
+                progress.most = min(progress.most * 2, PIECE_BYTES)
+            except Exception as error:
+                no_server = isinstance(error, errors.ConnectionFailure)
+                if no_server and not isinstance(error, errors.NetworkTimeout):
+                    raise
+                progress.failures += 1
+                progress.most = max(size // 2, 1)
+                is_late = getattr(error, "timeout", False)
+                if len(piece) > 1 or is_late or progress.failures < 2:
+                    raise
+                results = ["spooled"]
+            progress.failures = 0
+            left = [data for data, was in zip(piece, results) if was == "spooled"]
+            if again and is_all and left == piece:
+                return await self.on_disk(os.utime, self.disk.spool / name)  # rest anew
             if left:
-                await self.on_disk(self.disk.put, left, REFUSED, sys.maxsize)
+                await self.on_disk(self.disk.put, left, REFUSED)
                 self.counters["refused"] += 0 if again else len(left)
             progress.offset = end
-        await self.on_disk(self.disk.remove, name, progress)
-
-    async def _try(self, piece: list[bytes], progress: Progress) -> list[bytes]:
-        """Returns what MongoDB refused of a piece. Raises what its insert raised.
-
-        After each failure, but one to reach a server, the next piece is half as large
-        and has twice the time, which a slow link or cluster needs. A document alone for
-        which MongoDB refuses the whole command, twice, is refused like others.
-        """
-        size, began = sum(map(len, piece)), self._loop.time()
-        seconds = PIECE_SECONDS + size / PIECE_BYTES_PER_SECOND
-        try:
-            results = await self._insert(
-                piece, seconds * 2 ** min(progress.failures, 6)
-            )
-        except Exception as error:
-            no_server = isinstance(error, errors.ConnectionFailure)
-            if no_server and not isinstance(error, errors.NetworkTimeout):
-                raise
-            progress.failures += 1
-            progress.most = max(size // 2, 1)
-            is_late = getattr(error, "timeout", False)
-            if len(piece) > 1 or is_late or progress.failures < 2:
-                raise
-            progress.failures = 0
-            return piece
-        left = [data for data, was in zip(piece, results) if was == "spooled"]
-        self._delivered += len(piece) - len(left)
-        progress.failures, progress.most = 0, min(progress.most * 2, PIECE_BYTES)
-        if self._in_flight or self._queue:  # fresh events go first
-            await asyncio.sleep(self._loop.time() - began)
-        return left
+            if self._in_flight or self._queue:  # fresh events go first
+                await asyncio.sleep(self._loop.time() - began)
 
 
 # --- 5. HTTP --------------------------------------------------------------------------
