@@ -455,6 +455,7 @@ REFUSED = ".refused.bson"  # how the names of files end that rest
 AS_STORED = CodecOptions(
     RawBSONDocument, datetime_conversion=DatetimeConversion.DATETIME_AUTO
 )
+Sent = tuple[list[bytes], asyncio.Future[list[str]]]  # documents, their results
 Outcome = tuple[list[str], dict[int, str]]  # results, MongoDB's words by their code
 
 
@@ -645,15 +646,15 @@ class Disk:
         self.write(self.spool / ".tmp-probe", bytes(size), self.max_bytes)
         os.unlink(self.spool / ".tmp-probe")
 
-    def scan(self) -> dict[str, os.stat_result]:
-        """Returns the files that are in the spool now."""
+    def scan(self) -> dict[str, float]:
+        """Returns the spool's files, with the seconds since their last change."""
         self.make(self.spool)
         with os.scandir(self.spool) as entries:
             files = (each for each in entries if each.is_file(follow_symlinks=False))
             found = {each.name: each.stat() for each in files if each.name[0] != "."}
         self.files = len(found)
         self.bytes = sum(status.st_size for status in found.values())
-        return found
+        return {name: time.time() - found[name].st_mtime for name in found}
 
     def read(self, name: str, progress: Progress) -> tuple[list[bytes], int, bool]:
         """Returns the next documents, where they end, and whether they are all.
@@ -682,8 +683,9 @@ class Disk:
                     has_id = "_id" in RawBSONDocument(document, AS_STORED)
                 except bson.errors.InvalidBSON:
                     if not documents:
-                        why = f"spool/{name} is torn, empty or foreign at byte {end}"
-                        self.keep(path, why)
+                        self.keep(
+                            path, f"spool/{name} is torn or foreign at byte {end}"
+                        )
                     return documents, end, False
                 if has_id:
                     documents.append(document)
@@ -711,21 +713,6 @@ class Disk:
         log.warning("kept in %s: %s", self.rejected, words(reason))
 
 
-class Batch:
-    """Documents that go out as one insert, and what became of each once it is done."""
-
-    def __init__(self) -> None:
-        self.documents: list[bytes] = []
-        self.bytes = 0
-        self.results: list[str] = []
-        self.is_lost = False  # what was to be spooled
-        self.done = asyncio.Event()
-
-    @property
-    def is_full(self) -> bool:
-        return len(self.documents) >= MAX_BATCH_EVENTS or self.bytes >= MAX_BATCH_BYTES
-
-
 class Storage:
     """Stores documents in MongoDB, or on disk while MongoDB does not take them.
 
@@ -744,7 +731,7 @@ class Storage:
         run, threads = self._loop.run_in_executor, MAX_IN_FLIGHT + 2  # spool and demo
         self.on_mongodb = functools.partial(run, ThreadPoolExecutor(threads))
         self.on_disk = functools.partial(run, ThreadPoolExecutor(1))
-        self._queue: deque[Batch] = deque()
+        self._queue: deque[Sent] = deque()
         self._waiting = 0  # events in the queue or in flight
         self._in_flight: dict[asyncio.Task[None], float] = {}  # since when
         self._sending: asyncio.Handle | None = None
@@ -763,18 +750,13 @@ class Storage:
             return []
         if self._waiting and self._waiting + len(documents) > MAX_WAITING_EVENTS:
             raise Refused(503, "too many events in flight")
-        if not self._queue or self._queue[-1].is_full:
-            self._queue.append(Batch())
-        batch = self._queue[-1]
-        begin = len(batch.documents)
-        batch.documents += documents
-        batch.bytes += sum(map(len, documents))
+        future: asyncio.Future[list[str]] = self._loop.create_future()
+        self._queue.append((documents, future))
         self._waiting += len(documents)
         if not self._sending:  # after all that came in this turn of the loop
             self._sending = self._loop.call_soon(self._send)
-        await batch.done.wait()
-        results = batch.results[begin : begin + len(documents)]
-        if batch.is_lost and "spooled" in results:
+        results = await future
+        if "lost" in results:
             raise Refused(503, "neither MongoDB nor disk takes it")
         return results
 
@@ -808,23 +790,28 @@ class Storage:
             if now < due:
                 self._sending = self._loop.call_at(due, self._send)
                 return
-            task = self._loop.create_task(self._commit(self._queue.popleft()))
-            self._in_flight[task] = now
+            batch: list[Sent] = []
+            events = size = 0
+            while self._queue and events < MAX_BATCH_EVENTS and size < MAX_BATCH_BYTES:
+                batch.append(self._queue.popleft())
+                events += len(batch[-1][0])
+                size += sum(map(len, batch[-1][0]))
+            self._in_flight[self._loop.create_task(self._commit(batch))] = now
 
-    async def _commit(self, batch: Batch) -> None:
+    async def _commit(self, batch: list[Sent]) -> None:
         """Stores what MongoDB takes of a batch, and spools what it does not."""
-        documents, suffix = batch.documents, ".bson"
-        batch.results = ["spooled"] * len(documents)
+        documents = [document for sent, _ in batch for document in sent]
+        results, suffix = ["spooled"] * len(documents), ".bson"
         if self.up:
             try:
-                batch.results = await self._insert(documents, INSERT_SECONDS)
+                results = await self._insert(documents, INSERT_SECONDS)
                 suffix = REFUSED
             except Exception as error:  # noqa: BLE001, whatever it is, the events wait
                 self.up = False
                 if not self._outage_said:
                     log.error("MongoDB takes no events, they wait: %s", describe(error))
                 self._outage_said = True
-        left = [d for d, was in zip(documents, batch.results) if was == "spooled"]
+        left = [d for d, was in zip(documents, results) if was == "spooled"]
         try:
             if left:
                 await self.on_disk(self.disk.put, left, suffix, self.disk.max_bytes)
@@ -833,13 +820,18 @@ class Storage:
             self.failing = 0
         except Exception as error:  # noqa: BLE001, whatever it is, their senders know
             log.warning("events are answered 503: spool/: %s", describe(error))
-            self.failing, batch.is_lost = sum(map(len, left)), True
+            results = ["lost" if was == "spooled" else was for was in results]
+            self.failing = sum(map(len, left))
         self._waiting -= len(documents)
         self._in_flight.pop(asyncio.current_task())  # type: ignore[arg-type]
         if self._sending:
             self._sending.cancel()
         self._send()  # first, so that MongoDB works while these are answered
-        batch.done.set()
+        became = iter(results)
+        for sent, future in batch:
+            part = [next(became) for _ in sent]
+            if not future.done():  # else its sender did not wait
+                future.set_result(part)
 
     async def _insert(self, documents: list[bytes], seconds: float) -> list[str]:
         began = self._loop.time()
@@ -864,7 +856,7 @@ class Storage:
         """
         after, progress = "", dict[str, Progress]()
         while True:
-            found: dict[str, os.stat_result] = {}
+            found: dict[str, float] = {}
             with contextlib.suppress(Exception):  # also where the folder cannot be read
                 found = await self.on_disk(self.disk.scan)
                 if self.failing:
@@ -872,10 +864,9 @@ class Storage:
                     self.failing = 0
             progress = {n: p for n, p in progress.items() if n in found}
             order = [(n.endswith(REFUSED), n <= after, n) for n in found]
-            for rests, _, name in sorted(order):
+            for is_refused, _, name in sorted(order):
                 # A time in the future counts as past.
-                age = time.time() - found[name].st_mtime
-                if rests and 0 <= age < REFUSED_SECONDS:
+                if is_refused and 0 <= found[name] < REFUSED_SECONDS:
                     continue
                 try:
                     with contextlib.suppress(FileNotFoundError):  # it was taken away
