@@ -460,8 +460,8 @@ Outcome = tuple[list[str], dict[int, str]]  # results, MongoDB's words by their 
 
 
 def open_collection(settings: Settings) -> Any:
-    """Returns the collection. Raises SettingsError for a connection string that pymongo
-    refuses or warns of, without a piece of the string, which may hold a password."""
+    """Returns the collection. Raises SettingsError for what pymongo refuses or warns of,
+    without a piece of the connection string, which may hold a password."""
     uri = settings.mongodb_uri or f"mongodb://{LOCAL_MONGODB}"
     source = "MONGODB_URI"
     # How soon a host is asked again that swallows packets, or a primary that was lost.
@@ -473,16 +473,16 @@ def open_collection(settings: Settings) -> Any:
             raise ValueError("an @ in the user's name or password is written %40")
         with warnings.catch_warnings(action="error", category=UserWarning):
             client: Any = pymongo.MongoClient(uri, **options)
-        given = client.write_concern
-        if not given.acknowledged:
+        concern = {"w": "majority", "j": True} | client.write_concern.document
+        if concern["w"] == 0:
             raise ValueError("with w=0 MongoDB never says that it stored an event")
-        concern = WriteConcern(**{"w": "majority", "j": True, **given.document})
+        write_concern = WriteConcern(**concern)
         source = "MONGODB_DATABASE, MONGODB_COLLECTION"
         # https://www.mongodb.com/docs/manual/reference/limits/
         if not re.fullmatch(r'[^/\\. "$*<>:|?]{1,63}', settings.database):
             raise ValueError("the database cannot have that name")
-        collection = client[settings.database][settings.collection]
-        return collection.with_options(write_concern=concern)
+        database = client.get_database(settings.database, write_concern=write_concern)
+        return database[settings.collection]
     except (errors.PyMongoError, ValueError, OSError, UserWarning) as error:
         reason, rest = str(error), uri.partition("://")[2]
         values = re.sub("[?&][^=]*=", ",", rest)  # options may be named
@@ -507,9 +507,9 @@ def describe(error: BaseException) -> str:
 def is_repeat(collection: Any, data: bytes, fault: Mapping[str, Any]) -> bool:
     """Tells whether a duplicate key means that MongoDB holds this very event.
 
-    So it is where the key is a ``messageId``, Segment's own word for it. Otherwise
-    (an ``_id`` of the event's own, a collation, a service that does not name the key) a
-    look at what stands under the ``_id`` decides. Raises PyMongoError.
+    It does where the key is a ``messageId``, Segment's own word for it. Otherwise (an
+    ``_id`` of the event's own, a collation, a service that names no key) a look at what
+    stands under the ``_id`` decides. Raises PyMongoError.
     """
     event = RawBSONDocument(data, AS_STORED)
     name = event.get("messageId")
@@ -529,11 +529,11 @@ def is_repeat(collection: Any, data: bytes, fault: Mapping[str, Any]) -> bool:
     except (errors.OperationFailure, bson.errors.BSONError) as error:
         if getattr(error, "timeout", False):
             raise
-        return False  # its user may not look, or Python cannot read what stands there
+        return False  # its user may not look, or Python not read what stands there
 
 
 def insert(collection: Any, documents: list[bytes], seconds: float) -> Outcome:
-    """Returns "stored", "duplicate" or, where MongoDB refused it, "spooled" for each.
+    """Returns "stored", "duplicate" or, where it was refused, "spooled" for each.
 
     Raises what pymongo raises where nothing is known of any of them.
     """
@@ -567,8 +567,8 @@ class Progress:
 class Disk:
     """``spool/`` and ``rejected/``: files that survive a power cut.
 
-    Its methods run in one thread, and raise OSError. Making one makes, locks and tries
-    the folders, or raises SettingsError, which names one.
+    Its methods run in one thread and raise OSError; making one makes, locks and tries
+    the folders, or raises SettingsError.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -592,7 +592,7 @@ class Disk:
                 raise SettingsError(f"RECEIVER_DATA_DIR: {folder}: {why}") from None
 
     def make(self, folder: Path) -> None:
-        """Makes spool/ or rejected/ again, which may be deleted at any time."""
+        """Makes a folder again, which may be deleted at any time."""
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
             self.sync(folder.parent)
@@ -659,8 +659,8 @@ class Disk:
     def read(self, name: str, progress: Progress) -> tuple[list[bytes], int, bool]:
         """Returns the next documents, where they end, and whether they are all.
 
-        They have ``progress.most`` bytes together, or it is one; a file that has no more
-        is removed. What is torn or foreign is set aside, and so is a document without
+        They have ``progress.most`` bytes together, or it is one. A file that has no more
+        is removed. A torn or foreign one is set aside, and so is a document without
         ``_id``, which a second try would store again.
         """
         documents: list[bytes] = []
@@ -683,9 +683,7 @@ class Disk:
                     has_id = "_id" in RawBSONDocument(document, AS_STORED)
                 except bson.errors.InvalidBSON:
                     if not documents:
-                        self.keep(
-                            path, f"spool/{name} is torn or foreign at byte {end}"
-                        )
+                        self.keep(path, f"spool/{name}, at byte {end}: torn or foreign")
                     return documents, end, False
                 if has_id:
                     documents.append(document)
@@ -700,8 +698,9 @@ class Disk:
 
     def keep(self, what: bytes | Path, reason: str, suffix: str = ".bson") -> None:
         """Keeps in ``rejected/`` bytes or a file that can be no document, and why."""
-        same = what if isinstance(what, bytes) else os.urandom(16)
-        # The same bytes again are the same file.
+        same = (
+            what if isinstance(what, bytes) else os.urandom(16)
+        )  # again, the same file
         kept = self.rejected / f"{hashlib.sha256(same).hexdigest()[:32]}{suffix}"
         why = f"{reason}\n".encode(errors="backslashreplace")
         self.write(kept.with_suffix(".reason.txt"), why)
@@ -862,7 +861,6 @@ class Storage:
                 if self.failing:
                     await self.on_disk(self.disk.probe, self.failing)
                     self.failing = 0
-            progress = {n: p for n, p in progress.items() if n in found}
             order = [(n.endswith(REFUSED), n <= after, n) for n in found]
             for is_refused, _, name in sorted(order):
                 # A time in the future counts as past.
