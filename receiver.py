@@ -478,7 +478,6 @@ def open_collection(settings: Settings) -> Any:
             raise ValueError("with w=0 MongoDB never says that it stored an event")
         write_concern = WriteConcern(**concern)
         source = "MONGODB_DATABASE, MONGODB_COLLECTION"
-        # https://www.mongodb.com/docs/manual/reference/limits/
         if not re.fullmatch(r'[^/\\. "$*<>:|?]{1,63}', settings.database):
             raise ValueError("the database cannot have that name")
         database = client.get_database(settings.database, write_concern=write_concern)
@@ -660,7 +659,7 @@ class Disk:
         """Returns the next documents, where they end, and whether they are all.
 
         They have ``progress.most`` bytes together, or it is one. A file that has no more
-        is removed. A torn or foreign one is set aside, and so is a document without
+        is removed; a torn or foreign one is set aside, and so is a document without
         ``_id``, which a second try would store again.
         """
         documents: list[bytes] = []
@@ -716,8 +715,8 @@ class Storage:
     """Stores documents in MongoDB, or on disk while MongoDB does not take them.
 
     Group commit: what waits goes out as one insert, and one journal flush serves it.
-    What MongoDB does not take, whatever it says, is tried again from the spool until it
-    does: error codes differ too much to judge an event by.
+    What MongoDB does not take, whatever it says, is tried again until it does: error
+    codes differ too much to judge an event by.
     """
 
     def __init__(self, collection: Any, disk: Disk) -> None:
@@ -749,12 +748,12 @@ class Storage:
             return []
         if self._waiting and self._waiting + len(documents) > MAX_WAITING_EVENTS:
             raise Refused(503, "too many events in flight")
-        future: asyncio.Future[list[str]] = self._loop.create_future()
+        future = self._loop.create_future()
         self._queue.append((documents, future))
         self._waiting += len(documents)
         if not self._sending:  # after all that came in this turn of the loop
             self._sending = self._loop.call_soon(self._send)
-        results = await future
+        results: list[str] = await future
         if "lost" in results:
             raise Refused(503, "neither MongoDB nor disk takes it")
         return results
@@ -764,8 +763,7 @@ class Storage:
         try:
             await self.on_disk(self.disk.keep, body, reason, ".json")
         except OSError as error:
-            log.warning("cannot write to %s: %s", self.disk.rejected, error.strerror)
-            raise Refused(503, "it can neither be stored nor kept on disk") from None
+            raise Refused(503, f"it cannot be kept, {describe(error)}") from None
         self.counters["rejected"] += events
 
     @property
@@ -850,13 +848,13 @@ class Storage:
     async def drain(self) -> None:
         """Delivers what is in the spool, for ever; a crash anywhere costs nothing.
 
-        A round tries every due file, refused ones last, until an insert fails as a
-        whole; the next begins behind that file, so that none holds up the others.
+        A round tries all due files, refused ones last, until an insert fails as a whole;
+        the next begins behind that file, so that none holds up others.
         """
         after, progress = "", dict[str, Progress]()
         while True:
             found: dict[str, float] = {}
-            with contextlib.suppress(Exception):  # also where the folder cannot be read
+            with contextlib.suppress(Exception):  # of a folder that cannot be read
                 found = await self.on_disk(self.disk.scan)
                 if self.failing:
                     await self.on_disk(self.disk.probe, self.failing)
@@ -888,10 +886,10 @@ class Storage:
     async def _deliver(self, name: str, progress: Progress) -> None:
         """Delivers a file piece by piece. Raises OSError, or what an insert raised.
 
-        What is refused is in a file of its own before this one goes. After each failure,
+        What is refused is in a file of its own before this one goes. After a failure,
         but one to reach a server, the next piece is half as large and has twice the
-        time, which a slow link or cluster needs. A document alone for which MongoDB
-        refuses the whole command, twice, is refused like others.
+        time, for a slow link or cluster. A document that alone fails twice, and not for
+        lack of time, is refused like others.
         """
         again = name.endswith(REFUSED)
         while True:
