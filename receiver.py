@@ -682,12 +682,14 @@ class Disk:
                     has_id = "_id" in RawBSONDocument(document, AS_STORED)
                 except bson.errors.InvalidBSON:
                     if not documents:
-                        self.keep(path, f"spool/{name}, at byte {end}: torn or foreign")
+                        self.keep(
+                            path, f"spool/{name} is torn or foreign at byte {end}"
+                        )
                     return documents, end, False
                 if has_id:
                     documents.append(document)
                 else:
-                    self.keep(document, f"spool/{name}, at byte {end}: no _id")
+                    self.keep(document, f"spool/{name} has no _id at byte {end}")
                 end += size
         if not documents:
             os.unlink(path)
@@ -697,17 +699,16 @@ class Disk:
 
     def keep(self, what: bytes | Path, reason: str, suffix: str = ".bson") -> None:
         """Keeps in ``rejected/`` bytes or a file that can be no document, and why."""
-        same = (
-            what if isinstance(what, bytes) else os.urandom(16)
-        )  # again, the same file
-        kept = self.rejected / f"{hashlib.sha256(same).hexdigest()[:32]}{suffix}"
+        data = os.urandom(16) if isinstance(what, Path) else what
+        name = hashlib.sha256(data).hexdigest()[:32]  # again the same, the same file
+        kept = self.rejected / f"{name}{suffix}"
         why = f"{reason}\n".encode(errors="backslashreplace")
         self.write(kept.with_suffix(".reason.txt"), why)
-        if isinstance(what, bytes):
-            self.write(kept, what)
-        else:
+        if isinstance(what, Path):
             os.replace(what, kept)
             self.sync(self.rejected)
+        else:
+            self.write(kept, what)
         log.warning("kept in %s: %s", self.rejected, words(reason))
 
 
@@ -806,7 +807,9 @@ class Storage:
             except Exception as error:  # noqa: BLE001, whatever it is, the events wait
                 self.up = False
                 if not self._outage_said:
-                    log.error("MongoDB takes no events, they wait: %s", describe(error))
+                    log.error(
+                        "MongoDB takes no events, spool/ does: %s", describe(error)
+                    )
                 self._outage_said = True
         left = [d for d, was in zip(documents, results) if was == "spooled"]
         try:
@@ -859,6 +862,7 @@ class Storage:
                 if self.failing:
                     await self.on_disk(self.disk.probe, self.failing)
                     self.failing = 0
+            progress = {n: p for n, p in progress.items() if n in found}
             order = [(n.endswith(REFUSED), n <= after, n) for n in found]
             for is_refused, _, name in sorted(order):
                 # A time in the future counts as past.
