@@ -682,9 +682,7 @@ class Disk:
                     has_id = "_id" in RawBSONDocument(document, AS_STORED)
                 except bson.errors.InvalidBSON:
                     if not documents:
-                        self.keep(
-                            path, f"spool/{name} is torn or foreign at byte {end}"
-                        )
+                        self.keep(path, f"spool/{name} is no BSON at byte {end}")
                     return documents, end, False
                 if has_id:
                     documents.append(document)
@@ -807,9 +805,7 @@ class Storage:
             except Exception as error:  # noqa: BLE001, whatever it is, the events wait
                 self.up = False
                 if not self._outage_said:
-                    log.error(
-                        "MongoDB takes no events, spool/ does: %s", describe(error)
-                    )
+                    log.error("events wait in spool/ for MongoDB: %s", describe(error))
                 self._outage_said = True
         left = [d for d, was in zip(documents, results) if was == "spooled"]
         try:
