@@ -21,7 +21,6 @@ import functools
 import gc
 import hashlib
 import hmac
-import importlib.util
 import ipaddress
 import itertools
 import json
@@ -37,7 +36,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from asyncio import StreamReader, StreamWriter
@@ -50,7 +48,7 @@ from http.server import BaseHTTPRequestHandler
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
-from urllib.parse import quote, unquote, unquote_to_bytes
+from urllib.parse import unquote, unquote_to_bytes
 
 import bson.json_util
 import pymongo
@@ -1474,14 +1472,12 @@ class Server:
 MAX_LOG_RECORDS = 1000
 QUIET_SECONDS = 600.0  # so long the log does not repeat a warning
 NO_MONGODB = "no MongoDB, events go to the spool: %s"
-MOMENT = "2026-01-31T12:00:00.000Z"
+MOMENTS = "timestamp", "originalTimestamp", "sentAt", "receivedAt"
 SAMPLE = {  # a track call as Segment sends it, for --check
     "type": "track", "event": "Checked", "properties": {"itemName": "Roses"},
     "userId": None, "anonymousId": "check", "integrations": {},
     "context": {"library": {"name": "analytics.js", "version": "2.0.0"}},
-    "timestamp": MOMENT, "originalTimestamp": MOMENT, "sentAt": MOMENT,
-    "receivedAt": MOMENT,
-}  # fmt: skip
+} | dict.fromkeys(MOMENTS, "2026-01-31T12:00:00.000Z")  # fmt: skip
 
 
 class PatientLog(logging.handlers.QueueHandler):
@@ -1491,17 +1487,16 @@ class PatientLog(logging.handlers.QueueHandler):
     """
 
     dropped = 0
-    logged: ClassVar[dict[str, float]] = {}  # when
+    logged: ClassVar[dict[str, float]] = {}  # and until when not again
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno != logging.WARNING:
-            return True
-        text, now = record.getMessage(), time.monotonic()
-        if now - self.logged.get(text, -QUIET_SECONDS) < QUIET_SECONDS:
-            return False
-        if len(self.logged) > MAX_LOG_RECORDS:
-            self.logged.clear()
-        self.logged[text] = now
+        if record.levelno == logging.WARNING:
+            text, now = record.getMessage(), time.monotonic()
+            if self.logged.get(text, 0) > now:
+                return False
+            if len(self.logged) > MAX_LOG_RECORDS:
+                self.logged.clear()
+            self.logged[text] = now + QUIET_SECONDS
         return True
 
     def format(self, record: logging.LogRecord) -> str:
@@ -1524,28 +1519,13 @@ class PatientLog(logging.handlers.QueueHandler):
             self.dropped += 1
 
 
-def start_log() -> queue.Queue[Any]:
-    """Begins to log to standard error; returns what waits to be written."""
-    logging.raiseExceptions = False  # a log that cannot be written changes nothing
-    for name in ("pymongo", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    writer = logging.StreamHandler(sys.stderr) if sys.stderr else logging.NullHandler()
-    waiting: queue.Queue[Any] = queue.Queue(MAX_LOG_RECORDS)
-    logging.handlers.QueueListener(waiting, writer).start()
-    logging.root.addHandler(PatientLog(waiting))
-    log.setLevel(logging.INFO)
-    return waiting
-
-
 def notify(state: str, seconds: float = 0) -> None:
     """Tells systemd, if it is there and listens in that time: sd_notify(3)."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if address and sys.platform != "win32":
-        unix = socket.AF_UNIX, socket.SOCK_DGRAM
-        # No descriptor may be left, or systemd be slow.
-        with contextlib.suppress(OSError), socket.socket(*unix) as sender:
+    with contextlib.suppress(KeyError, OSError):  # also where no descriptor is left
+        address = re.sub("^@", "\0", os.environ["NOTIFY_SOCKET"])
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.settimeout(seconds)
-            sender.sendto(state.encode(), re.sub("^@", "\0", address))
+            sender.sendto(state.encode(), address)
 
 
 def open_listener(settings: Settings) -> tuple[socket.socket, str]:
@@ -1554,15 +1534,11 @@ def open_listener(settings: Settings) -> tuple[socket.socket, str]:
     Raises SettingsError if neither can be had.
     """
     host, where = settings.host, f"{settings.host}:{settings.port}"
+    is_systemds = os.environ.get("LISTEN_PID") == str(os.getpid())
     try:
-        if os.environ.get("LISTEN_PID") == str(os.getpid()):
+        if is_systemds:
             where = "the socket of systemd"
-            if os.environ.get("LISTEN_FDS") != "1":
-                raise SettingsError("systemd has to hand over one socket, not several")
-            os.set_inheritable(3, False)
             listener = socket.socket(fileno=3)
-            if settings.demo and not is_loopback(str(listener.getsockname()[0])):
-                raise SettingsError("the demo takes only a loopback socket of systemd")
         else:
             listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
             if sys.platform != "win32":
@@ -1570,9 +1546,12 @@ def open_listener(settings: Settings) -> tuple[socket.socket, str]:
             listener.bind((host, settings.port))
         listener.listen()
     except OSError as error:
-        why = f"cannot listen on {where}: {error.strerror}"
-        raise SettingsError(why) from None
+        raise SettingsError(f"cannot listen on {where}: {error.strerror}") from None
     address = listener.getsockname()
+    if is_systemds and os.environ.get("LISTEN_FDS") != "1":
+        raise SettingsError("systemd has to hand over one socket, not several")
+    if settings.demo and not is_loopback(str(address[0])):
+        raise SettingsError("the demo takes only a loopback socket of systemd")
     if not isinstance(address, tuple):
         return listener, f"unix:{address}"
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
@@ -1581,12 +1560,9 @@ def open_listener(settings: Settings) -> tuple[socket.socket, str]:
 
 def find_mongod() -> str | None:
     """Returns a mongod's path: from MONGOD, PATH, or what requirements.txt installs."""
-    if path := os.environ.get("MONGOD") or shutil.which("mongod"):
-        return path
-    package = importlib.util.find_spec("fiftyone")
-    folders = (package and package.submodule_search_locations) or ()
-    found = (shutil.which(Path(folder, "db", "bin", "mongod")) for folder in folders)
-    return next((str(path) for path in found if path), None)
+    folders = [os.path.join(folder, "fiftyone", "db", "bin") for folder in sys.path]
+    installed = shutil.which("mongod", path=os.pathsep.join(folders))
+    return os.environ.get("MONGOD") or shutil.which("mongod") or installed
 
 
 class EmbeddedMongoDB:
@@ -1599,128 +1575,111 @@ class EmbeddedMongoDB:
 
     async def start(self) -> None:
         """Uses the MongoDB that answers there, else starts one; logs what it did."""
-        end, (host, port) = time.monotonic() + 10, LOCAL_MONGODB.split(":")
-        while not (answers := await self.ask("ping")) and time.monotonic() < end:
-            with contextlib.suppress(OSError):  # what has the port may only be slow
-                socket.create_server((host, int(port))).close()
-                break
-        if not answers:
-            self._spawn("--bind_ip", host, "--port", port)
-        else:
-            left = await self._is_left_behind()
-            whose = "of a receiver that was killed" if left else "which was there"
-            log.info("uses the MongoDB on %s, %s", LOCAL_MONGODB, whose)
-        while self._process and not await self.ask("ping"):
+        host, port = LOCAL_MONGODB.split(":")
+        try:
+            socket.create_server((host, int(port))).close()
+        except OSError:  # what has the port may only be slow
+            if await self.ping(10):
+                left = await self.storage.on_mongodb(self._is_left_behind)
+                whose = "of a receiver that was killed" if left else "which was there"
+                return log.info("uses the MongoDB on %s, %s", LOCAL_MONGODB, whose)
+        self._spawn("--bind_ip", host, "--port", port)
+        while self._process and not await self.ping(0.5):
             self.report_end()
         if self._process:
             where = LOCAL_MONGODB, self.folder
             log.info("started a MongoDB on %s, its data is in %s", *where)
 
-    async def ask(self, command: str) -> dict[str, Any]:
-        """Returns MongoDB's answer to a command, nothing if none comes in a while."""
+    async def ping(self, seconds: float) -> bool:
+        return bool(await self.storage.on_mongodb(self._ask, "ping", seconds))
+
+    def _ask(self, command: str, seconds: float = 0.5) -> dict[str, Any]:
+        """Returns MongoDB's answer, nothing if none comes in that time; blocks."""
         client = self.storage.collection.database.client
+        with contextlib.suppress(errors.PyMongoError), pymongo.timeout(seconds):
+            return dict(client.admin.command(command))
+        return {}
 
-        def ask() -> dict[str, Any]:
-            with contextlib.suppress(errors.PyMongoError), pymongo.timeout(0.5):
-                return dict(client.admin.command(command))
-            return {}
-
-        return await self.storage.on_mongodb(ask)
-
-    async def _is_left_behind(self) -> bool:
+    def _is_left_behind(self) -> bool:
         """Tells whether the MongoDB that answers has this folder, which names it."""
         with contextlib.suppress(OSError):
             named = (self.folder / "mongod.lock").read_text().strip()
-            return named == str((await self.ask("serverStatus")).get("pid"))
+            return named == str(self._ask("serverStatus").get("pid"))
         return False
 
     def _spawn(self, *where: str) -> None:
-        self.binary = find_mongod()
-        if not self.binary:
-            why = "set MONGODB_URI, or pip install -r requirements.txt"
-            return log.warning(NO_MONGODB, why)
+        self.binary = find_mongod() or "mongod"
         argv = [self.binary, *where, "--networkMessageCompressors", "disabled"]
         argv += ["--quiet", "--dbpath", str(self.folder), "--logpath", str(self.log)]
         if sys.platform != "win32":  # where a stranger's file in /tmp would stop it
             argv.append("--nounixsocket")
         null = subprocess.DEVNULL
-        output = self._output = tempfile.TemporaryFile()  # noqa: SIM115, until it ends
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+            self._said = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115
             # In a session of its own Ctrl-C does not end it before the last insert.
             self._process = subprocess.Popen(
-                argv, stdin=null, stdout=null, stderr=output, start_new_session=True
+                argv, stdin=null, stdout=null, stderr=self._said, start_new_session=True
             )
         except OSError as error:
-            log.warning(NO_MONGODB, f"cannot start {self.binary}: {error.strerror}")
+            why = f"cannot start {self.binary}: {error.strerror}"
+            how = "set MONGODB_URI, or pip install -r requirements.txt"
+            log.warning(NO_MONGODB, f"{why} ({how})")
 
     def report_end(self) -> None:
         """Logs, once, why it ended although nobody stopped it."""
         if not self._process or (status := self._process.poll()) is None:
             return
-        self._output.seek(0)
-        said = self._output.read(500).decode(errors="replace").strip()
+        self._process = None
+        self._said.seek(0)
+        said = self._said.read(500).decode(errors="replace").strip()
         why = {
             48: f"{LOCAL_MONGODB} is taken",
             62: f"{self.folder} was written by another version of MongoDB",
             100: f"{self.folder} is in use or cannot be written",
             -signal.SIGILL: "MongoDB 5 and newer need a processor with AVX",
         }.get(status, said or (f"see {self.log}" if self.log.exists() else "no reason"))
-        self._process, how = None, f"{self.binary} ended with status {status}: {why}"
-        log.error(NO_MONGODB, f"{how} (restart the receiver to start it again)")
+        ended = f"{self.binary} ended with status {status}: {why}"
+        log.error(NO_MONGODB, f"{ended} (restart the receiver to start it again)")
 
-    async def stop(self, seconds: float) -> None:
-        """Stops it, or after that time kills it, which its journal makes safe."""
-        end, process, self._process = time.monotonic() + seconds, self._process, None
+    def stop(self) -> None:
+        """Stops it, or after three seconds kills it, which its journal makes safe."""
+        process, self._process = self._process, None
         if process:
             process.terminate()
-            while process.poll() is None and time.monotonic() < end:
-                await asyncio.sleep(0.05)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(3)
             process.kill()
-        elif await self._is_left_behind():
-            await self.ask("shutdown")
+        elif self._is_left_behind():
+            self._ask("shutdown")
 
 
-def with_demo_secrets(settings: Settings, disk: Disk) -> Settings:
-    """Returns a demo's settings, with secrets that a restart leaves as they are.
+def prepare_demo(settings: Settings, disk: Disk, url: str) -> tuple[Settings, str]:
+    """Returns a demo's settings and what it prints, none of the user's own secrets.
 
-    Raises SettingsError.
+    What is not set is made up, and a restart leaves it as it is. Raises SettingsError.
     """
     path = disk.data / "demo-secrets"
     try:
         if not path.exists():
             line = f"{secrets.token_urlsafe(24)} {secrets.token_urlsafe(24)}\n"
             disk.write(path, line.encode())
-        shared, public = path.read_text("ascii").encode().split()
+        shared, public = path.read_text("ascii").split()
     except (OSError, ValueError):
         raise SettingsError(f"{path} cannot be read: delete it") from None
-    known = settings.public_secrets or (public,)
+    known = settings.public_secrets or (public.encode(),)
+    fragment = "" if settings.public_secrets else f"public={public}"
     settings = dataclasses.replace(settings, events_secrets=known)
     if settings.shared_secrets:
-        return settings
-    return dataclasses.replace(settings, shared_secrets=(shared,), public_secrets=known)
-
-
-def say(text: str) -> None:
-    """Prints, in a thread: standard output may be full, or gone."""
-    with contextlib.suppress(OSError, ValueError):
-        print(text, flush=True)
-
-
-def welcome(settings: Settings, url: str, given: Settings) -> str:
-    """Returns what a demo prints: secrets that are made up, none of the user's own."""
-    public, fragment = "SEGMENT_PUBLIC_SECRET", ""
-    if not given.public_secrets:
-        public = quote(settings.events_secrets[0], safe="")
-        fragment = f"public={public}"
-    if given.shared_secrets:
-        return f"demo page: {url}/#{fragment}"
-    shared = settings.shared_secrets[0].decode()
+        return settings, f"demo page: {url}/#{fragment}"
+    keys = (shared.encode(),)
+    settings = dataclasses.replace(settings, shared_secrets=keys, public_secrets=known)
+    webhook = f"{url}/webhook?secret={public if fragment else 'SEGMENT_PUBLIC_SECRET'}"
     now = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
-    return f"""
+    welcome = f"""
 No SEGMENT_SHARED_SECRET is set, so this is a demo with secrets that are made up.
 
-  webhook URL    {url}/webhook?secret={public}
+  webhook URL    {webhook}
   shared secret  {shared}
   demo page      {url}/#shared={shared}&{fragment}
   the events     in MongoDB, collection {settings.database}.{settings.collection}
@@ -1729,11 +1688,12 @@ Send a signed event from another terminal:
 
 body='{{"type":"track","event":"Favorited","properties":{{"itemName":"Roses"}},"timestamp":"{now}"}}'
 signature=$(printf %s "$body" | openssl dgst -sha1 -hmac '{shared}' | sed 's/.* //')
-curl -X POST '{url}/webhook?secret={public}' \\
+curl -X POST '{webhook}' \\
   -H 'Content-Type: application/json' -H "X-Signature: $signature" -d "$body"
 
 README.md goes on from here to Segment itself. Ctrl-C stops.
 """
+    return settings, welcome
 
 
 def try_mongodb(collection: Any) -> str:
@@ -1746,11 +1706,9 @@ def try_mongodb(collection: Any) -> str:
     with pymongo.timeout(5):
         hello = client.admin.command("hello")
         if has_transactions := "setName" in hello or hello.get("msg") == "isdbgrid":
-            event = to_document(SAMPLE | {"messageId": f"check-{ObjectId()}"})
-            # The transaction has a write concern of its own.
-            inside = collection.with_options(write_concern=WriteConcern())
+            event = SAMPLE | dict.fromkeys(("_id", "messageId"), f"check-{ObjectId()}")
             with client.start_session() as session, session.start_transaction():
-                inside.insert_one(RawBSONDocument(event.bson), session=session)
+                collection.insert_one(event, session=session)
                 session.abort_transaction()
         insert(collection, [bson.encode({"_id": []})], 5)  # and the write concern
     if has_transactions:
@@ -1784,64 +1742,66 @@ def check(settings: Settings) -> int:
 async def serve(settings: Settings) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, it: log.warning("asyncio: %s", it["message"]))
-    stop = asyncio.Event()
+    stop = loop.create_future()  # which a signal cancels
     signals = [signal.SIGTERM, signal.SIGINT]
     if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signals.append(signal.SIGHUP)  # which nohup ignores
     for number in signals:
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
-    disk = Disk(settings)
-    given = settings
-    settings = with_demo_secrets(settings, disk) if settings.demo else settings
-    storage = Storage(open_collection(settings), disk)
-    server = Server(settings, storage)
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.cancel))
+    disk, collection = Disk(settings), open_collection(settings)
     listener, url = open_listener(settings)
+    welcome = ""
+    if settings.demo:
+        settings, welcome = prepare_demo(settings, disk, url)
+    storage = Storage(collection, disk)
+    server = Server(settings, storage)
     mongod = EmbeddedMongoDB(storage, disk.data / "mongodb")
     # Asked early, pymongo knows MongoDB by the first event; nobody waits long for it.
-    first = mongod.ask("ping") if settings.mongodb_uri else mongod.start()
-    starting, stopped = loop.create_task(first), loop.create_task(stop.wait())
-    some = asyncio.FIRST_COMPLETED
+    first = mongod.ping(0.5) if settings.mongodb_uri else mongod.start()
+    starting, some = loop.create_task(first), asyncio.FIRST_COMPLETED
     try:
-        await asyncio.wait({starting, stopped}, timeout=2.0, return_when=some)
+        await asyncio.wait({starting, stop}, timeout=2.0, return_when=some)
         await server.start(listener)
-        draining = loop.create_task(storage.drain())
+        working = asyncio.gather(storage.drain(), server.watch(mongod))
         where = f"{settings.database}.{settings.collection}"
         log.info("listening on %s, events go to %s", url, where)
         if settings.trust_batches:
             log.warning("batches are trusted: Segment signs only a batch's first event")
-        if settings.demo:
-            said = welcome(settings, url, given)
-            threading.Thread(target=say, args=(said,), daemon=True).start()
+        if welcome:  # in a thread: standard output may be full, or gone
+            ThreadPoolExecutor(1).submit(print, welcome, flush=True)
         notify("READY=1", 1)
-        watch = loop.create_task(server.watch(mongod))
-        await asyncio.wait({stopped, watch}, return_when=some)
-        if not stop.is_set():
-            log.error("internal error", exc_info=watch.exception())
+        await asyncio.wait({stop, working}, return_when=some)
+        if not stop.done():
+            log.error("internal error", exc_info=working.exception())
         notify("STOPPING=1", 0.1)
         log.info("stopping")
-        starting.cancel()
         await server.stop(5.0)
-        draining.cancel()
         await storage.close(ANSWER_SECONDS)
     finally:
+        starting.cancel()
         if not settings.mongodb_uri:
-            await mongod.stop(3.0)
-    for number in signals:  # the loop cannot be told any more
-        signal.signal(number, signal.SIG_IGN)
+            mongod.stop()
     log.info("stopped")
-    return 0 if stop.is_set() else 1
+    return 0 if stop.done() else 1
 
 
 def main() -> NoReturn:
     """Runs the receiver until SIGTERM, SIGINT or SIGHUP, and ends the process."""
     while os.open(os.devnull, os.O_RDWR) < 3:  # else a socket would be standard error
         pass
-    waiting = start_log()
+    logging.raiseExceptions = False  # a log that cannot be written changes nothing
+    logging.lastResort = None  # pymongo's and asyncio's own words are for nobody
+    waiting: queue.Queue[Any] = queue.Queue(MAX_LOG_RECORDS)
+    logging.handlers.QueueListener(waiting, logging.StreamHandler()).start()
+    log.addHandler(PatientLog(waiting))
+    log.setLevel(logging.INFO)
     gc.freeze()  # less to look through, and less often: 5 % more events (bench/run.py)
     gc.set_threshold(10_000)
+    loop = asyncio.new_event_loop()  # never closed, since signals still tell it to stop
     try:
         settings = Settings.load(sys.argv[1:], os.environ)
-        status = check(settings) if settings.check else asyncio.run(serve(settings))
+        run = loop.run_until_complete
+        status = check(settings) if settings.check else run(serve(settings))
     except SettingsError as error:
         print(f"receiver.py: {error}", file=sys.stderr)
         status = 2
