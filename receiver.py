@@ -1481,13 +1481,10 @@ SAMPLE = {  # a track call as Segment sends it, for --check
 
 
 class PatientLog(logging.handlers.QueueHandler):
-    """Hands lines to a thread, so that a log nobody reads stops nothing.
+    """Hands lines to a thread, so that a log nobody reads stops nothing."""
 
-    It drops and counts what does not fit, and drops a warning that was logged lately.
-    """
-
-    dropped = 0
-    logged: ClassVar[dict[str, float]] = {}  # and until when not again
+    dropped = 0  # lines that did not fit
+    logged: ClassVar[dict[str, float]] = {}  # warnings, and until when not again
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno == logging.WARNING:
@@ -1529,27 +1526,22 @@ def notify(state: str, seconds: float = 0) -> None:
 
 
 def open_listener(settings: Settings) -> tuple[socket.socket, str]:
-    """Returns systemd's socket, sd_listen_fds(3), or one it binds; its URL.
-
-    Raises SettingsError if neither can be had.
-    """
+    """Returns a socket, systemd's if there is one, and its URL. Raises SettingsError."""
     host, where = settings.host, f"{settings.host}:{settings.port}"
-    is_systemds = os.environ.get("LISTEN_PID") == str(os.getpid())
     try:
-        if is_systemds:
+        if os.environ.get("LISTEN_PID") == str(os.getpid()):  # sd_listen_fds(3)
             where = "the socket of systemd"
+            if os.environ.get("LISTEN_FDS") != "1":
+                raise SettingsError("systemd has to hand over one socket, not several")
             listener = socket.socket(fileno=3)
         else:
             listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-            if sys.platform != "win32":
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name != "nt")
             listener.bind((host, settings.port))
         listener.listen()
     except OSError as error:
         raise SettingsError(f"cannot listen on {where}: {error.strerror}") from None
     address = listener.getsockname()
-    if is_systemds and os.environ.get("LISTEN_FDS") != "1":
-        raise SettingsError("systemd has to hand over one socket, not several")
     if settings.demo and not is_loopback(str(address[0])):
         raise SettingsError("the demo takes only a loopback socket of systemd")
     if not isinstance(address, tuple):
@@ -1569,8 +1561,9 @@ class EmbeddedMongoDB:
     """A mongod of the receiver's own, started where others look for one."""
 
     def __init__(self, storage: Storage, folder: Path) -> None:
-        self.storage, self.folder = storage, folder
-        self.log = folder / "mongod.log"
+        self.folder, self.log = folder, folder / "mongod.log"
+        self._client = storage.collection.database.client
+        self._on_mongodb = storage.on_mongodb
         self._process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> None:
@@ -1580,24 +1573,22 @@ class EmbeddedMongoDB:
             socket.create_server((host, int(port))).close()
         except OSError:  # what has the port may only be slow
             if await self.ping(10):
-                left = await self.storage.on_mongodb(self._is_left_behind)
+                left = await self._on_mongodb(self._is_left_behind)
                 whose = "of a receiver that was killed" if left else "which was there"
                 return log.info("uses the MongoDB on %s, %s", LOCAL_MONGODB, whose)
         self._spawn("--bind_ip", host, "--port", port)
-        while self._process and not await self.ping(0.5):
+        while self._process and not await self.ping():
             self.report_end()
         if self._process:
-            where = LOCAL_MONGODB, self.folder
-            log.info("started a MongoDB on %s, its data is in %s", *where)
+            log.info("started a MongoDB, its data is in %s", self.folder)
 
-    async def ping(self, seconds: float) -> bool:
-        return bool(await self.storage.on_mongodb(self._ask, "ping", seconds))
+    async def ping(self, seconds: float = 0.5) -> bool:
+        return bool(await self._on_mongodb(self._ask, "ping", seconds))
 
     def _ask(self, command: str, seconds: float = 0.5) -> dict[str, Any]:
         """Returns MongoDB's answer, nothing if none comes in that time; blocks."""
-        client = self.storage.collection.database.client
         with contextlib.suppress(errors.PyMongoError), pymongo.timeout(seconds):
-            return dict(client.admin.command(command))
+            return dict(self._client.admin.command(command))
         return {}
 
     def _is_left_behind(self) -> bool:
@@ -1622,9 +1613,9 @@ class EmbeddedMongoDB:
                 argv, stdin=null, stdout=null, stderr=self._said, start_new_session=True
             )
         except OSError as error:
-            why = f"cannot start {self.binary}: {error.strerror}"
             how = "set MONGODB_URI, or pip install -r requirements.txt"
-            log.warning(NO_MONGODB, f"{why} ({how})")
+            why = f"cannot start {self.binary}: {error.strerror}; {how}"
+            log.warning(NO_MONGODB, why)
 
     def report_end(self) -> None:
         """Logs, once, why it ended although nobody stopped it."""
@@ -1654,32 +1645,26 @@ class EmbeddedMongoDB:
             self._ask("shutdown")
 
 
-def prepare_demo(settings: Settings, disk: Disk, url: str) -> tuple[Settings, str]:
-    """Returns a demo's settings and what it prints, none of the user's own secrets.
-
-    What is not set is made up, and a restart leaves it as it is. Raises SettingsError.
-    """
+def start_demo(settings: Settings, disk: Disk, url: str) -> Settings:
+    """Makes up secrets that are not set, and prints only them. Raises SettingsError."""
     path = disk.data / "demo-secrets"
     try:
-        if not path.exists():
+        if not path.exists():  # a restart leaves them as they are
             line = f"{secrets.token_urlsafe(24)} {secrets.token_urlsafe(24)}\n"
             disk.write(path, line.encode())
         shared, public = path.read_text("ascii").split()
     except (OSError, ValueError):
         raise SettingsError(f"{path} cannot be read: delete it") from None
     known = settings.public_secrets or (public.encode(),)
-    fragment = "" if settings.public_secrets else f"public={public}"
-    settings = dataclasses.replace(settings, events_secrets=known)
-    if settings.shared_secrets:
-        return settings, f"demo page: {url}/#{fragment}"
-    keys = (shared.encode(),)
-    settings = dataclasses.replace(settings, shared_secrets=keys, public_secrets=known)
-    webhook = f"{url}/webhook?secret={public if fragment else 'SEGMENT_PUBLIC_SECRET'}"
+    changes: dict[str, Any] = {"events_secrets": known}
+    fragment = f"public={public}"
+    if settings.public_secrets:
+        public, fragment = "SEGMENT_PUBLIC_SECRET", ""
     now = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
     welcome = f"""
 No SEGMENT_SHARED_SECRET is set, so this is a demo with secrets that are made up.
 
-  webhook URL    {webhook}
+  webhook URL    {url}/webhook?secret={public}
   shared secret  {shared}
   demo page      {url}/#shared={shared}&{fragment}
   the events     in MongoDB, collection {settings.database}.{settings.collection}
@@ -1688,42 +1673,42 @@ Send a signed event from another terminal:
 
 body='{{"type":"track","event":"Favorited","properties":{{"itemName":"Roses"}},"timestamp":"{now}"}}'
 signature=$(printf %s "$body" | openssl dgst -sha1 -hmac '{shared}' | sed 's/.* //')
-curl -X POST '{webhook}' \\
+curl -X POST '{url}/webhook?secret={public}' \\
   -H 'Content-Type: application/json' -H "X-Signature: $signature" -d "$body"
 
 README.md goes on from here to Segment itself. Ctrl-C stops.
 """
-    return settings, welcome
+    if settings.shared_secrets:
+        welcome = f"demo page: {url}/#{fragment}"
+    else:
+        changes |= {"shared_secrets": (shared.encode(),), "public_secrets": known}
+    # In a thread: standard output may be full, or gone.
+    ThreadPoolExecutor(1).submit(print, welcome, flush=True)
+    return dataclasses.replace(settings, **changes)
 
 
 def try_mongodb(collection: Any) -> str:
-    """Tries an insert that leaves nothing; returns how much that proves.
-
-    Raises what stands in the way. A standalone MongoDB, which has no transactions, gets
-    only an insert that must fail, for its ``_id``.
-    """
+    """Tries an insert that leaves nothing; returns how much it proves. Raises PyMongoError."""
     client = collection.database.client
     with pymongo.timeout(5):
         hello = client.admin.command("hello")
-        if has_transactions := "setName" in hello or hello.get("msg") == "isdbgrid":
+        if has_transactions := "setName" in hello or "msg" in hello:  # mongos
             event = SAMPLE | dict.fromkeys(("_id", "messageId"), f"check-{ObjectId()}")
             with client.start_session() as session, session.start_transaction():
                 collection.insert_one(event, session=session)
                 session.abort_transaction()
-        insert(collection, [bson.encode({"_id": []})], 5)  # and the write concern
+        # Refused for its _id, which needs the right to insert and the write concern.
+        insert(collection, [bson.encode({"_id": []})], 5)
     if has_transactions:
         return "MongoDB took an event in a transaction, which was aborted"
-    proof = "MongoDB answers and lets this user insert; being no replica set it cannot "
-    return proof + "show whether a validator or a view stands in the way"
+    return "MongoDB, no replica set, shows only that this user may insert"
 
 
 def check(settings: Settings) -> int:
     """Logs what would keep events from being stored; returns 1 if anything."""
-    faults, proof = [], ""
+    collection, disk, faults = open_collection(settings), Disk(settings), []
     if not settings.shared_secrets:
         faults.append("SEGMENT_SHARED_SECRET is not set: no event could be verified")
-    collection = open_collection(settings)
-    disk = Disk(settings)
     try:
         disk.probe(4096)
     except OSError as error:
@@ -1750,25 +1735,21 @@ async def serve(settings: Settings) -> int:
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.cancel))
     disk, collection = Disk(settings), open_collection(settings)
     listener, url = open_listener(settings)
-    welcome = ""
     if settings.demo:
-        settings, welcome = prepare_demo(settings, disk, url)
+        settings = start_demo(settings, disk, url)
     storage = Storage(collection, disk)
     server = Server(settings, storage)
     mongod = EmbeddedMongoDB(storage, disk.data / "mongodb")
     # Asked early, pymongo knows MongoDB by the first event; nobody waits long for it.
-    first = mongod.ping(0.5) if settings.mongodb_uri else mongod.start()
+    first = mongod.ping() if settings.mongodb_uri else mongod.start()
     starting, some = loop.create_task(first), asyncio.FIRST_COMPLETED
     try:
         await asyncio.wait({starting, stop}, timeout=2.0, return_when=some)
         await server.start(listener)
         working = asyncio.gather(storage.drain(), server.watch(mongod))
-        where = f"{settings.database}.{settings.collection}"
-        log.info("listening on %s, events go to %s", url, where)
+        log.info("listening on %s, events go to %s", url, collection.full_name)
         if settings.trust_batches:
             log.warning("batches are trusted: Segment signs only a batch's first event")
-        if welcome:  # in a thread: standard output may be full, or gone
-            ThreadPoolExecutor(1).submit(print, welcome, flush=True)
         notify("READY=1", 1)
         await asyncio.wait({stop, working}, return_when=some)
         if not stop.done():
@@ -1797,17 +1778,16 @@ def main() -> NoReturn:
     log.setLevel(logging.INFO)
     gc.freeze()  # less to look through, and less often: 5 % more events (bench/run.py)
     gc.set_threshold(10_000)
-    loop = asyncio.new_event_loop()  # never closed, since signals still tell it to stop
     try:
         settings = Settings.load(sys.argv[1:], os.environ)
-        run = loop.run_until_complete
+        # Never closed: a signal may come until the end.
+        run = asyncio.new_event_loop().run_until_complete
         status = check(settings) if settings.check else run(serve(settings))
     except SettingsError as error:
         print(f"receiver.py: {error}", file=sys.stderr)
         status = 2
-    end = time.monotonic() + 1
-    while waiting.unfinished_tasks and time.monotonic() < end:  # the last of the log
-        time.sleep(0.01)
+    with waiting.all_tasks_done:  # the log's last lines
+        waiting.all_tasks_done.wait_for(lambda: not waiting.unfinished_tasks, 1)
     os._exit(status)  # waits for no thread: one of pymongo's may take long
 
 
