@@ -1530,7 +1530,7 @@ def open_listener(settings: Settings) -> tuple[socket.socket, str]:
     host, where = settings.host, f"{settings.host}:{settings.port}"
     try:
         if os.environ.get("LISTEN_PID") == str(os.getpid()):  # sd_listen_fds(3)
-            where = "the socket of systemd"
+            where = "systemd's socket"
             if os.environ.get("LISTEN_FDS") != "1":
                 raise SettingsError("systemd has to hand over one socket, not several")
             listener = socket.socket(fileno=3)
@@ -1543,7 +1543,7 @@ def open_listener(settings: Settings) -> tuple[socket.socket, str]:
         raise SettingsError(f"cannot listen on {where}: {error.strerror}") from None
     address = listener.getsockname()
     if settings.demo and not is_loopback(str(address[0])):
-        raise SettingsError("the demo takes only a loopback socket of systemd")
+        raise SettingsError("systemd's socket is not loopback's, as a demo's must be")
     if not isinstance(address, tuple):
         return listener, f"unix:{address}"
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
@@ -1688,8 +1688,7 @@ README.md goes on from here to Segment itself. Ctrl-C stops.
 
 def try_mongodb(collection: Any) -> str:
     """Tries an insert that leaves nothing; returns how much it proves. Raises PyMongoError."""
-    client = collection.database.client
-    with pymongo.timeout(5):
+    with pymongo.timeout(5), collection.database.client as client:
         hello = client.admin.command("hello")
         if has_transactions := "setName" in hello or "msg" in hello:  # mongos
             event = SAMPLE | dict.fromkeys(("_id", "messageId"), f"check-{ObjectId()}")
