@@ -1687,19 +1687,18 @@ README.md goes on from here to Segment itself. Ctrl-C stops.
 
 
 def try_mongodb(collection: Any) -> str:
-    """Tries an insert that leaves nothing; returns how much it proves. Raises PyMongoError."""
+    """Tries an insert that leaves nothing; returns what it proves. Raises PyMongoError."""
     with pymongo.timeout(5), collection.database.client as client:
-        hello = client.admin.command("hello")
-        if has_transactions := "setName" in hello or "msg" in hello:  # mongos
-            event = SAMPLE | dict.fromkeys(("_id", "messageId"), f"check-{ObjectId()}")
-            with client.start_session() as session, session.start_transaction():
-                collection.insert_one(event, session=session)
-                session.abort_transaction()
-        # Refused for its _id, which needs the right to insert and the write concern.
+        # Refused for its _id, but needs the right to insert and the write concern.
         insert(collection, [bson.encode({"_id": []})], 5)
-    if has_transactions:
-        return "MongoDB took an event in a transaction, which was aborted"
-    return "MongoDB, no replica set, shows only that this user may insert"
+        hello = client.admin.command("hello")
+        if not {"setName", "msg"} & hello.keys():  # of a replica set, of mongos
+            return "MongoDB, no replica set, shows only that this user may insert"
+        event = SAMPLE | dict.fromkeys(("_id", "messageId"), f"check-{ObjectId()}")
+        with client.start_session() as session, session.start_transaction():
+            collection.insert_one(event, session=session)
+            session.abort_transaction()
+    return "MongoDB took an event in a transaction, which was aborted"
 
 
 def check(settings: Settings) -> int:
