@@ -1569,10 +1569,9 @@ class EmbeddedMongoDB:
     async def start(self) -> None:
         """Uses the MongoDB that answers there, else starts one; logs what it did."""
         host, port = LOCAL_MONGODB.split(":")
-        try:
-            socket.create_server((host, int(port))).close()
-        except OSError:  # what has the port may only be slow
-            if await self.ping(10):
+        with contextlib.suppress(OSError):
+            socket.create_connection((host, int(port)), 0.5).close()
+            if await self.ping(10):  # what has the port may only be slow
                 left = await self._on_mongodb(self._is_left_behind)
                 whose = "of a receiver that was killed" if left else "which was there"
                 return log.info("uses the MongoDB on %s, %s", LOCAL_MONGODB, whose)
@@ -1732,16 +1731,16 @@ async def serve(settings: Settings) -> int:
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.cancel))
     disk, collection = Disk(settings), open_collection(settings)
     listener, url = open_listener(settings)
-    if settings.demo:
-        settings = start_demo(settings, disk, url)
     storage = Storage(collection, disk)
-    server = Server(settings, storage)
     mongod = EmbeddedMongoDB(storage, disk.data / "mongodb")
     # Asked early, pymongo knows MongoDB by the first event; nobody waits long for it.
     first = mongod.ping() if settings.mongodb_uri else mongod.start()
     starting, some = loop.create_task(first), asyncio.FIRST_COMPLETED
     try:
         await asyncio.wait({starting, stop}, timeout=2.0, return_when=some)
+        if settings.demo:
+            settings = start_demo(settings, disk, url)
+        server = Server(settings, storage)
         await server.start(listener)
         working = asyncio.gather(storage.drain(), server.watch(mongod))
         log.info("listening on %s, events go to %s", url, collection.full_name)
@@ -1783,8 +1782,9 @@ def main() -> NoReturn:
     except SettingsError as error:
         print(f"receiver.py: {error}", file=sys.stderr)
         status = 2
-    with waiting.all_tasks_done:  # the log's last lines
-        waiting.all_tasks_done.wait_for(lambda: not waiting.unfinished_tasks, 1)
+    end = time.monotonic() + 1
+    while waiting.unfinished_tasks and time.monotonic() < end:  # the log's last lines
+        time.sleep(0.01)
     os._exit(status)  # waits for no thread: one of pymongo's may take long
 
 
