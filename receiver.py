@@ -1,11 +1,9 @@
 """Receives Segment's webhooks, proves that they come from Segment, stores every event.
 
-Each section builds on those above it: 1. Settings, 2. Authenticity (is this body
-Segment's?), 3. Events (bytes, JSON, documents), 4. Storage (group commit into MongoDB,
-a spool on disk behind it), 5. HTTP, 6. Process.
-
-In a hurry? ``Handler.do_POST``, then what it calls (``authenticate``, ``parse_events``,
-``Storage.store``, ``insert``) is the whole integration; the rest is what makes it last.
+Each section builds on those above it: 1. Settings, 2. Authenticity, 3. Events,
+4. Storage (group commit into MongoDB, behind it a spool on disk), 5. HTTP, 6. Process.
+In a hurry? ``Handler.do_POST`` and what it calls (``authenticate``, ``parse_events``,
+``Storage.store``, ``insert``) is the whole integration; the rest makes it last.
 What blocks (pymongo, the disk, the log) has threads; asyncio's thread owns all state
 but the spool's, which is the disk's, so nothing is locked.
 """
@@ -40,7 +38,7 @@ import time
 import warnings
 from asyncio import StreamReader, StreamWriter
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from configparser import RawConfigParser
 from email.utils import formatdate
@@ -68,26 +66,21 @@ T = TypeVar("T")
 
 LOCAL_MONGODB = "127.0.0.1:27017"
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-SECRETS = "SEGMENT_SHARED_SECRET", "SEGMENT_PUBLIC_SECRET", "MONGODB_URI"
+FROM_0, FROM_1 = range(GIB**2), range(1, GIB**2)
 ABOUT_SECRETS = """\
-Secrets come from the environment or from systemd's credentials, files of these names
-in small letters, never from the command line, which everybody can read:
+Only the environment has these, or systemd's credentials, files in small letters:
   SEGMENT_SHARED_SECRET  keys Segment's signature; without it this is a demo
   SEGMENT_PUBLIC_SECRET  ?secret=... of the webhook's URL; without it none is asked for
-  MONGODB_URI            as --mongodb-uri, which takes no password
-Several Segment secrets, separated by white space, are all accepted, for rotation.
-MONGOD names the mongod to start; else PATH and requirements.txt's packages have one."""
+  MONGODB_URI            if it has a password, which --mongodb-uri would show to all
+Segment's may be several, with white space between. MONGOD names the mongod to start."""
 
 
 class SettingsError(Exception):
     """A setting that cannot be used; its text is the one line that the user sees."""
 
 
-NUMBERS = range(1, GIB**2)
-
-
-def setting(names: str, default: Any, about: str, values: range = NUMBERS) -> Any:
-    """Declares a field that a flag of the same name or the environment sets."""
+def setting(names: str, default: Any, about: str = "", values: range = FROM_1) -> Any:
+    """Declares a field, the variables that set it and, if it has help, a flag."""
     metadata = {"names": names.split(), "about": about, "values": values}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -96,11 +89,11 @@ def setting(names: str, default: Any, about: str, values: range = NUMBERS) -> An
 class Settings:
     """All that can be set. Sizes are in bytes."""
 
-    shared_secrets: tuple[bytes, ...]
-    public_secrets: tuple[bytes, ...]
-    events_secrets: tuple[bytes, ...]  # for GET /events
-    demo: bool
-    check: bool
+    shared_secrets: tuple[bytes, ...] = setting("SEGMENT_SHARED_SECRET", ())
+    public_secrets: tuple[bytes, ...] = setting("SEGMENT_PUBLIC_SECRET", ())
+    events_secrets: tuple[bytes, ...] = setting("", ())  # a demo's, for GET /events
+    demo: bool = setting("", False, "serve the demo page; on without a shared secret")
+    check: bool = setting("", False, "test settings, MongoDB and spool, then exit")
     trust_batches: bool = setting("SEGMENT_TRUST_BATCHES", False, "take them unproven")
     mongodb_uri: str | None = setting("MONGODB_URI", None, f"else {LOCAL_MONGODB}")
     database: str = setting("MONGODB_DATABASE", "segment", "MongoDB's database")
@@ -110,116 +103,99 @@ class Settings:
     data_dir: str = setting("RECEIVER_DATA_DIR", "data", "for spool/ and the like")
     max_body_bytes: int = setting("RECEIVER_MAX_BODY_BYTES", 16 * MIB, "largest body")
     max_connections: int = setting("RECEIVER_MAX_CONNECTIONS", 512, "most at once")
-    max_spool_bytes: int = setting(
-        "RECEIVER_MAX_SPOOL_BYTES", GIB, "largest spool/", range(GIB**2)
-    )
+    max_spool_bytes: int = setting("RECEIVER_MAX_SPOOL_BYTES", GIB, "of spool/", FROM_0)
 
     @classmethod
     def load(cls, arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
-        """Reads flags, else environment and credentials. Raises SettingsError."""
-        password = re.compile("//[^/@]*:[^/@]*@|password=", re.IGNORECASE)
-        if any(map(password.search, arguments)):
-            why = "the process list would show its password: set MONGODB_URI instead"
-            raise SettingsError(f"--mongodb-uri: {why}")
-        environment = with_credentials(environment)
-        known, unknown = make_parser(environment).parse_known_args(arguments)
-        if unknown:  # a secret may stand in it
-            flags = re.findall("^-[a-z-]+", unknown[0]) or ["an argument"]
-            raise SettingsError(f"{flags[0]} is no setting: see --help")
-        values = vars(known)
-        segment = [environment.get(name, "").encode().split() for name in SECRETS[:2]]
-        shared, public = map(tuple, segment)
-        values["demo"] |= not (shared or values["check"])
-        settings = cls(shared, public, public, **values)
+        """Reads flags, else environment, else credentials. Raises SettingsError."""
+        values = parse_flags(arguments)
+        given = from_systemd(environment) | dict(environment)
+        for field in dataclasses.fields(cls):
+            names = field.metadata["names"]
+            sources = [*names, *(f"credential {name.lower()}" for name in names)]
+            found = [convert(field, s, given[s]) for s in sources if s in given]
+            if found:
+                values.setdefault(field.name, found[0])
+        if not values.keys() & {"shared_secrets", "check"}:
+            values["demo"] = True
+        settings = cls(**values)
         if settings.demo and not is_loopback(settings.host):
-            why = "--demo" if shared else "no SEGMENT_SHARED_SECRET is set"
-            raise SettingsError(f"{why}: --host must be loopback, not {settings.host}")
+            why = "with --demo, or without SEGMENT_SHARED_SECRET"
+            raise SettingsError(f"{why}, --host has to be loopback, as 127.0.0.1 is")
         return settings
 
 
-def with_credentials(environment: Mapping[str, str]) -> dict[str, str]:
-    """Adds what systemd hands over as files and folders. Raises SettingsError."""
-    known = dict(environment)
-    for variable in SECRETS:
-        source, folder = variable, known.get("CREDENTIALS_DIRECTORY")
-        if folder and variable not in known:
-            source = f"credential {variable.lower()}"
+def from_systemd(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns what systemd hands over in folders. Raises SettingsError."""
+    given = {}
+    if folders := environment.get("STATE_DIRECTORY"):
+        given["RECEIVER_DATA_DIR"] = folders.split(":")[0]
+    if folder := environment.get("CREDENTIALS_DIRECTORY"):
+        for name in ("segment_shared_secret", "segment_public_secret", "mongodb_uri"):
+            source = f"credential {name}"
             try:
-                file = Path(folder, variable.lower())
-                known[variable] = os.fsdecode(file.read_bytes()).strip()
+                given[source] = os.fsdecode(Path(folder, name).read_bytes()).strip()
             except FileNotFoundError:
                 continue
             except OSError as error:
                 raise SettingsError(f"{source}: {error.strerror}") from None
-        if variable in known:
-            known[variable] = usable(source, known[variable])
-    if folders := known.get("STATE_DIRECTORY"):
-        known.setdefault("RECEIVER_DATA_DIR", folders.split(":")[0])
-    return known
+    return given
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(message)
-
-
-def make_parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
-    """Returns a parser for the flags; what is not given comes from the environment."""
-    parser = OneLineParser(
-        prog="receiver.py",
+def parse_flags(arguments: Sequence[str]) -> dict[str, Any]:
+    """Returns the fields that flags set. Raises SettingsError, which quotes none."""
+    parser = argparse.ArgumentParser(
         description="Stores every event that Segment's webhooks bring in MongoDB.",
         epilog=ABOUT_SECRETS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
+        exit_on_error=False,
     )
-    demo = "serve the demo page; on by itself without a shared secret"
-    check = "test the settings, MongoDB and the spool, then exit"
-    for flag, about in (("--demo", demo), ("--check", check)):
-        parser.add_argument(flag, action="store_true", help=about)
-    switch: dict[str, Any] = {"nargs": "?", "const": "yes", "metavar": "no"}
     for field in dataclasses.fields(Settings):
-        if names := field.metadata.get("names"):
-            flag = "--" + field.name.replace("_", "-")
+        flag, about = "--" + field.name.replace("_", "-"), field.metadata["about"]
+        if names := ", else ".join(field.metadata["names"]):
             default = f"; default {field.default}" if field.default else ""
-            given = [usable(n, environment[n]) for n in names if n in environment]
-            parser.add_argument(
-                flag,
-                help=f"{field.metadata['about']} [{', else '.join(names)}{default}]",
-                default=[*given, field.default][0],  # argparse converts a str
-                type=functools.partial(convert, field, ", ".join([flag, *names])),
-                **(switch if field.type == "bool" else {}),
-            )
-    return parser
+            about += f" [{names}{default}]"
+        if field.type == "bool":  # a str, by the import from __future__
+            parser.add_argument(flag, help=about, action="store_true")
+        elif field.metadata["about"]:
+            type_ = functools.partial(convert, field, flag)
+            parser.add_argument(flag, help=about, type=type_)
+    try:
+        known, unknown = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise SettingsError(f"{error.argument_name} is misused: see --help") from None
+    if unknown:
+        flags = re.findall("^--[a-z-]+", unknown[0]) or ["an argument"]
+        raise SettingsError(f"{flags[0]} is no setting: see --help")
+    return vars(known)
 
 
 def convert(field: dataclasses.Field[Any], source: str, text: str) -> Any:
-    """Returns a value of the field's type. Raises SettingsError."""
-    text, values = usable(source, text), field.metadata["values"]
-    if field.type == "bool":  # a str, by the import from __future__
-        if text.lower() not in RawConfigParser.BOOLEAN_STATES:  # on, true, 1, ...
-            raise SettingsError(f"{source}: {text!r} is neither yes nor no")
-        return RawConfigParser.BOOLEAN_STATES[text.lower()]
-    if field.type != "int":
-        return text
-    if not re.fullmatch("[0-9]{1,18}", text) or int(text) not in values:
-        limits = f"a whole number from {values[0]} to {values[-1]}"
-        raise SettingsError(f"{source}: {text!r} is not {limits}")
-    return int(text)
-
-
-def usable(source: str, text: str) -> str:
-    """Returns a value, secrets tidied. Raises SettingsError where it was garbled."""
-    if source.lower().endswith("secret"):  # line ends may stand between secrets
-        text = re.sub("[ \t\r\n]+", " ", text).strip(" ")
+    """Returns a value of the field's type. Raises SettingsError, which quotes none."""
+    values, parts = field.metadata["values"], [text]
+    if source.lower().endswith("secret"):
+        parts = re.split("[ \t\r\n]+", text.strip(" \t\r\n"))
     if not text.strip():
-        raise SettingsError(f"{source} is empty: give it a value or take it away")
-    if found := re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", text):
-        what = "is not UTF-8" if found[0] >= "\ud800" else "has a control character"
-        raise SettingsError(f"{source} {what}, at character {found.start() + 1}")
-    is_secret = source.lower().endswith(("secret", "uri"))
-    if is_secret and any(part[0] == part[-1] in "\"'" for part in text.split()):
-        raise SettingsError(f"{source} is in quotes: take them away")
-    return text
+        why = "is empty: give it a value or take it away"
+    elif re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", "".join(parts)):
+        why = "has a control character, or is not UTF-8"
+    elif any(part[0] == part[-1] in "\"'" for part in parts):
+        why = "is in quotes: take them away"
+    elif source.startswith("--") and re.search("//[^/@]*:[^/@]*@|(?i:password=)", text):
+        why = "shows everybody a password: set MONGODB_URI instead"
+    elif field.type == "bool":
+        if text.lower() in RawConfigParser.BOOLEAN_STATES:  # on, true, 1, ...
+            return RawConfigParser.BOOLEAN_STATES[text.lower()]
+        why = "is neither yes nor no"
+    elif field.type == "int":
+        if re.fullmatch("[0-9]{1,18}", text) and int(text) in values:
+            return int(text)
+        why = f"is not a whole number from {values[0]} to {values[-1]}"
+    else:
+        return tuple(map(str.encode, parts)) if "bytes" in field.type else text
+    raise SettingsError(f"{source} {why}")
 
 
 def is_loopback(host: str) -> bool:
@@ -231,28 +207,18 @@ def is_loopback(host: str) -> bool:
 # --- 2. Authenticity ------------------------------------------------------------------
 
 
+@dataclasses.dataclass(eq=False)
 class Refused(Exception):
-    """A request or an event is not accepted: HTTP status, reason for sender and log.
+    """Segment gives up on a status of 4xx at once, and tries 5xx again for hours."""
 
-    Segment gives up on 4xx at once, and tries 5xx again for four hours.
-    """
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(status, reason)
-        self.status, self.reason = status, reason
+    status: int
+    reason: str  # for sender and log
 
 
 def sign(body: bytes, secret: bytes) -> str:
     """Returns Segment's ``X-Signature``: hex HMAC-SHA1 of the body's exact bytes."""
-    digest = keyed(secret).copy()
-    digest.update(body)
-    return digest.hexdigest()
-
-
-@functools.cache
-def keyed(secret: bytes) -> hmac.HMAC:
     # hmac.digest would wait for the interpreter's lock while a thread inserts: 5 %.
-    return hmac.new(secret, digestmod="sha1")
+    return hmac.new(secret, body, "sha1").hexdigest()
 
 
 def verify(body: bytes, signature: str, keys: Iterable[bytes]) -> bool:
@@ -288,18 +254,18 @@ def authenticate(body: bytes, signature: str, settings: Settings) -> bool:
     keys = settings.shared_secrets
     if verify(body, signature, keys):
         return False
-    if body.startswith(b"["):
-        only = body[1:-1] if body.endswith(b"]") else b""
-        for event in (only, first_event(body) if settings.trust_batches else b""):
-            if event and verify(event, signature, keys):
-                return False
-            bare = event[len(WRAPPER) : -1]
-            if event.startswith(WRAPPER) and verify(bare, signature, keys):
-                return True
+    is_batch, trusted = body.startswith(b"["), settings.trust_batches
+    only = body[1:-1] if is_batch and body.endswith(b"]") else b""
+    first = first_event(body) if is_batch and trusted else b""
+    for event in filter(None, (only, first)):
+        if verify(event, signature, keys):
+            return False
+        wrapped = event.startswith(WRAPPER)
+        if wrapped and verify(event[len(WRAPPER) : -1], signature, keys):
+            return True
     reason = "X-Signature does not match the body"
-    if body.startswith(b"[") and not settings.trust_batches:
-        reason += " (of a batch Segment signs the first event only, so turn batching "
-        reason += "off, or set SEGMENT_TRUST_BATCHES=1)"
+    if is_batch and not trusted:
+        reason += ": turn batching off, or set SEGMENT_TRUST_BATCHES=1 (see README.md)"
     raise Refused(401, reason)
 
 
@@ -310,6 +276,8 @@ MAX_DEPTH = 100
 MAX_BSON_BYTES = 16 * MIB
 TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+# In what json.dumps makes, an array or a key that begins with $: MongoDB takes neither.
+UNFIT_ID = re.compile(r'^\[|[{,] ?"\$(?:[^"\\]|\\.)*+":')
 
 
 def unfit(why: str) -> Refused:
@@ -323,12 +291,8 @@ def integer(digits: str) -> int | float:
     return float(digits)
 
 
-def not_json(constant: str) -> NoReturn:
-    raise Refused(400, f"not JSON: {constant}")
-
-
 # json.loads would guess UTF-16 and take NaN; int() refuses more than 4300 digits.
-DECODER = json.JSONDecoder(parse_int=integer, parse_constant=not_json)
+DECODER = json.JSONDecoder(parse_int=integer, parse_constant=integer)
 
 
 class Document(NamedTuple):
@@ -345,19 +309,14 @@ class Events(NamedTuple):
 
 
 def parse_events(body: bytes, wrapped: bool) -> Events:
-    """Turns an authentic body into documents.
-
-    Raises Refused: 400 if it is no JSON object or array of objects, 422 if BSON can
-    hold none of them.
-    """
+    """Turns an authentic body into documents. Raises Refused: 400 if it is no JSON
+    object or array of objects, 422 if BSON can hold none of them."""
     try:
         value = DECODER.decode(str(body, "utf-8"))
     except RecursionError:
         raise unfit(TOO_DEEP) from None
-    except UnicodeDecodeError as error:
-        raise Refused(400, f"not UTF-8: at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise Refused(400, f"not JSON: at character {error.pos}") from None
+    except ValueError:
+        raise Refused(400, "not JSON in UTF-8") from None
     is_batch = isinstance(value, list)
     events = value if is_batch else [value]
     if wrapped and all(isinstance(e, dict) and [*e] == ["json"] for e in events):
@@ -376,59 +335,46 @@ def parse_events(body: bytes, wrapped: bool) -> Events:
     return Events(is_batch, documents, faults)
 
 
-def nested(value: Any, level: int = 1) -> Iterator[tuple[Any, int]]:
-    """Yields each object and array with its level. Raises RecursionError."""
-    if isinstance(value, (dict, list)):
-        yield value, level
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from nested(item, level + 1)
-
-
 def to_document(event: dict[str, Any]) -> Document:
     """Encodes an event. Raises Refused (422) for what BSON cannot hold.
 
-    ``messageId`` stays the same over Segment's retries and replays: as ``_id`` it makes
-    storing an event a second time impossible.
+    Segment's retries and replays keep an event's ``messageId``: as ``_id`` it makes
+    storing it a second time impossible.
     """
+    name = event.get("messageId")
+    # Two names that differ only in a lone surrogate are two events.
+    is_id = isinstance(name, str) and name and not LONE_SURROGATE.search(name)
+    document = {"_id": name if is_id else ObjectId()} | event
     try:
-        if own := "_id" in event:
-            parts = [part for part, _ in nested(event["_id"]) if isinstance(part, dict)]
-            is_operator = any(name.startswith("$") for part in parts for name in part)
-            if is_operator or isinstance(event["_id"], list):
-                raise unfit("_id is an array or has a $ key")
-        else:
-            name = event.get("messageId")
-            event["_id"] = name if name and isinstance(name, str) else ObjectId()
-        try:
-            encoded = bson.encode(event)
-        except UnicodeEncodeError:  # a string that JavaScript cut in a surrogate pair
-            if not own and LONE_SURROGATE.search(str(event["_id"])):
-                event["_id"] = ObjectId()  # two that differ only there are two events
-            event = without_lone_surrogates(event)
-            encoded = bson.encode(event)
-        # A quick look first: each level but the first has a byte of one of these types.
-        levels = encoded.count(b"\x03") + encoded.count(b"\x04")
-        if levels >= MAX_DEPTH and any(level > MAX_DEPTH for _, level in nested(event)):
-            raise unfit(TOO_DEEP)
+        if "_id" in event and UNFIT_ID.search(json.dumps(event["_id"], default=str)):
+            raise unfit("_id is an array or has a $ key")
+        encoded = bson.encode(document)
+    except UnicodeEncodeError:  # a string that JavaScript cut in a surrogate pair
+        return to_document(fitted(document))
     except bson.errors.InvalidDocument:
         raise unfit("a NUL in a key") from None
     except RecursionError:
         raise unfit(TOO_DEEP) from None
+    # A quick look first: each level but the first has a byte of one of these types.
+    if encoded.count(b"\x03") + encoded.count(b"\x04") >= MAX_DEPTH:
+        fitted(document)
     if len(encoded) > MAX_BSON_BYTES:
         raise unfit(f"more than {MAX_BSON_BYTES} bytes")
-    return Document(event["_id"], encoded)
+    return Document(document["_id"], encoded)
 
 
-def without_lone_surrogates(value: Any) -> Any:
-    """Returns a copy with U+FFFD for each. Raises Refused if two keys become one."""
-    clean = without_lone_surrogates
+def fitted(value: Any, level: int = 1) -> Any:
+    """Returns a copy with U+FFFD for lone surrogates. Raises Refused if it is too deep,
+    or two keys become one."""
     if isinstance(value, str):
         return LONE_SURROGATE.sub("\ufffd", value)
-    if isinstance(value, list):
-        return [clean(item) for item in value]
-    if not isinstance(value, dict):
+    if not isinstance(value, (dict, list)):
         return value
-    copy = {clean(name): clean(item) for name, item in value.items()}
+    if level > MAX_DEPTH:
+        raise unfit(TOO_DEEP)
+    if isinstance(value, list):
+        return [fitted(item, level + 1) for item in value]
+    copy = {fitted(name): fitted(item, level + 1) for name, item in value.items()}
     if len(copy) != len(value):
         raise unfit("keys differ only in a lone surrogate")
     return copy
