@@ -1,11 +1,9 @@
 """Receives Segment's webhooks, proves that they come from Segment, stores every event.
 
-Each section builds on those above it: 1. Settings, 2. Authenticity, 3. Events,
-4. Storage (group commit into MongoDB, behind it a spool on disk), 5. HTTP, 6. Process.
-In a hurry? ``Handler.do_POST`` and what it calls (``authenticate``, ``parse_events``,
-``Storage.store``, ``insert``) is the whole integration; the rest makes it last.
-What blocks (pymongo, the disk, the log) has threads; asyncio's thread owns all state
-but the spool's, which is the disk's, so nothing is locked.
+Each of the six sections builds on those above it. In a hurry? ``Handler.do_POST`` and
+what it calls (``authenticate``, ``parse_events``, ``Storage.store``, ``insert``) is the
+whole integration; the rest makes it last. What blocks (pymongo, the disk, the log) has
+threads; asyncio's owns all state but the spool's, which is the disk's: so no locks.
 """
 
 from __future__ import annotations
@@ -68,7 +66,7 @@ LOCAL_MONGODB = "127.0.0.1:27017"
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 FROM_0, FROM_1 = range(GIB**2), range(1, GIB**2)
 ABOUT_SECRETS = """\
-Only the environment has these, or systemd's credentials, files in small letters:
+Secrets come from the environment, or systemd's credentials, files in small letters:
   SEGMENT_SHARED_SECRET  keys Segment's signature; without it this is a demo
   SEGMENT_PUBLIC_SECRET  ?secret=... of the webhook's URL; without it none is asked for
   MONGODB_URI            if it has a password, which --mongodb-uri would show to all
@@ -246,9 +244,9 @@ def first_event(batch: bytes) -> bytes:
 def authenticate(body: bytes, signature: str, settings: Settings) -> bool:
     """Raises Refused (401) unless Segment signed the body; True: events are wrapped.
 
-    Of a batch Segment signs ``JSON.stringify(events[0])`` only, whose bytes follow the
-    ``[``: that proves a batch of one, and a longer one if the operator trusts its rest.
-    *Extensible Webhook* sends ``[{"json":event}, ...]`` and signs the bare event. See
+    Of a batch Segment signs only ``JSON.stringify(events[0])``, the bytes after ``[``:
+    that proves a batch of one, and a longer one if the operator trusts its rest.
+    *Extensible Webhook* signs the bare event in ``[{"json":event}, ...]``. Source:
     https://github.com/segmentio/action-destinations (webhook, webhook-extensible).
     """
     keys = settings.shared_secrets
@@ -278,10 +276,6 @@ TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # In what json.dumps makes, an array or a key that begins with $: MongoDB takes neither.
 UNFIT_ID = re.compile(r'^\[|[{,] ?"\$(?:[^"\\]|\\.)*+":')
-
-
-def unfit(why: str) -> Refused:
-    return Refused(422, f"BSON cannot hold it: {why}")
 
 
 def integer(digits: str) -> int | float:
@@ -314,7 +308,7 @@ def parse_events(body: bytes, wrapped: bool) -> Events:
     try:
         value = DECODER.decode(str(body, "utf-8"))
     except RecursionError:
-        raise unfit(TOO_DEEP) from None
+        raise Refused(422, TOO_DEEP) from None
     except ValueError:
         raise Refused(400, "not JSON in UTF-8") from None
     is_batch = isinstance(value, list)
@@ -336,30 +330,27 @@ def parse_events(body: bytes, wrapped: bool) -> Events:
 
 
 def to_document(event: dict[str, Any]) -> Document:
-    """Encodes an event. Raises Refused (422) for what BSON cannot hold.
-
-    Segment's retries and replays keep an event's ``messageId``: as ``_id`` it makes
-    storing it a second time impossible.
-    """
+    """Encodes an event; its ``messageId``, which Segment's retries and replays keep, is
+    the ``_id``, so none is stored twice. Raises Refused (422): BSON cannot hold it."""
     name = event.get("messageId")
     # Two names that differ only in a lone surrogate are two events.
     is_id = isinstance(name, str) and name and not LONE_SURROGATE.search(name)
     document = {"_id": name if is_id else ObjectId()} | event
     try:
         if "_id" in event and UNFIT_ID.search(json.dumps(event["_id"], default=str)):
-            raise unfit("_id is an array or has a $ key")
+            raise Refused(422, "_id is an array or has a $ key")
         encoded = bson.encode(document)
     except UnicodeEncodeError:  # a string that JavaScript cut in a surrogate pair
         return to_document(fitted(document))
     except bson.errors.InvalidDocument:
-        raise unfit("a NUL in a key") from None
+        raise Refused(422, "a key has a NUL") from None
     except RecursionError:
-        raise unfit(TOO_DEEP) from None
+        raise Refused(422, TOO_DEEP) from None
     # A quick look first: each level but the first has a byte of one of these types.
     if encoded.count(b"\x03") + encoded.count(b"\x04") >= MAX_DEPTH:
         fitted(document)
     if len(encoded) > MAX_BSON_BYTES:
-        raise unfit(f"more than {MAX_BSON_BYTES} bytes")
+        raise Refused(422, f"more than {MAX_BSON_BYTES} bytes of BSON")
     return Document(document["_id"], encoded)
 
 
@@ -371,12 +362,12 @@ def fitted(value: Any, level: int = 1) -> Any:
     if not isinstance(value, (dict, list)):
         return value
     if level > MAX_DEPTH:
-        raise unfit(TOO_DEEP)
+        raise Refused(422, TOO_DEEP)
     if isinstance(value, list):
         return [fitted(item, level + 1) for item in value]
     copy = {fitted(name): fitted(item, level + 1) for name, item in value.items()}
     if len(copy) != len(value):
-        raise unfit("keys differ only in a lone surrogate")
+        raise Refused(422, "keys differ only in a lone surrogate")
     return copy
 
 
