@@ -263,7 +263,7 @@ def authenticate(body: bytes, signature: str, settings: Settings) -> bool:
             return True
     reason = "X-Signature does not match the body"
     if is_batch and not trusted:
-        reason += ": turn batching off, or set SEGMENT_TRUST_BATCHES=1 (see README.md)"
+        reason += "; turn batching off, or set SEGMENT_TRUST_BATCHES=1 (see README.md)"
     raise Refused(401, reason)
 
 
