@@ -1580,8 +1580,9 @@ class EmbeddedMongoDB:
             self._ask("shutdown")
 
 
-def start_demo(settings: Settings, disk: Disk, url: str) -> Settings:
-    """Makes up secrets that are not set, and prints only them. Raises SettingsError."""
+def make_demo(settings: Settings, disk: Disk, url: str) -> tuple[Settings, str]:
+    """Makes up the secrets that are not set; returns them with a text that shows no
+    others. Raises SettingsError."""
     path = disk.data / "demo-secrets"
     try:
         if not path.exists():  # a restart leaves them as they are
@@ -1614,12 +1615,10 @@ curl -X POST '{url}/webhook?secret={public}' \\
 README.md goes on from here to Segment itself. Ctrl-C stops.
 """
     if settings.shared_secrets:
-        welcome = f"demo page: {url}/#{fragment}"
+        welcome = f"demo page: {url}/#{fragment}\n"
     else:
         changes |= {"shared_secrets": (shared.encode(),), "public_secrets": known}
-    # In a thread: standard output may be full, or gone.
-    ThreadPoolExecutor(1).submit(print, welcome, flush=True)
-    return dataclasses.replace(settings, **changes)
+    return dataclasses.replace(settings, **changes), welcome
 
 
 def try_mongodb(collection: Any) -> str:
@@ -1668,21 +1667,24 @@ async def serve(settings: Settings) -> int:
         signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.cancel))
     disk, collection = Disk(settings), open_collection(settings)
     listener, url = open_listener(settings)
+    welcome = ""
+    if settings.demo:
+        settings, welcome = make_demo(settings, disk, url)
     storage = Storage(collection, disk)
+    server = Server(settings, storage)
     mongod = EmbeddedMongoDB(storage, disk.data / "mongodb")
     # Asked early, pymongo knows MongoDB by the first event; nobody waits long for it.
     first = mongod.ping() if settings.mongodb_uri else mongod.start()
     starting, some = loop.create_task(first), asyncio.FIRST_COMPLETED
     try:
         await asyncio.wait({starting, stop}, timeout=2.0, return_when=some)
-        if settings.demo:
-            settings = start_demo(settings, disk, url)
-        server = Server(settings, storage)
         await server.start(listener)
         working = asyncio.gather(storage.drain(), server.watch(mongod))
         log.info("listening on %s, events go to %s", url, collection.full_name)
         if settings.trust_batches:
             log.warning("batches are trusted: Segment signs only a batch's first event")
+        # In a thread: standard output may be full, or gone.
+        ThreadPoolExecutor(1).submit(print, welcome, end="", flush=True)
         notify("READY=1", 1)
         await asyncio.wait({stop, working}, return_when=some)
         if not stop.done():
