@@ -31,7 +31,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -485,36 +485,40 @@ def signed(event: Any, *fields: str, request_line: str = POST) -> bytes:
 # --- Settings ---------------------------------------------------------------------------
 
 
-def load(*arguments: str, **environment: str) -> product.Settings:
-    return product.Settings.load(arguments, environment)
+def load(given: Mapping[str, str | None]) -> product.Settings:
+    """Loads flags and variables, a shared secret among them unless that is None."""
+    known = {n: v for n, v in (SECRET | given).items() if v is not None}
+    flags = [(name, known.pop(name)) for name in given if name.startswith("--")]
+    return product.Settings.load([w for flag in flags for w in flag if w], known)
 
 
 SECRET = {"SEGMENT_SHARED_SECRET": "s"}
+NO_SECRET = {"SEGMENT_SHARED_SECRET": None}
 DEFAULTS = {
     "database": "segment", "collection": "events", "host": "127.0.0.1", "port": 8080, "data_dir": "data", "max_body_bytes": 16 << 20,
     "max_connections": 512, "max_spool_bytes": 1 << 30, "public_secrets": (), "trust_batches": False, "demo": False,
 }  # fmt: skip
-CHOSEN: dict[str, tuple[list[str], dict[str, str], str, Any]] = {
-    "a flag before the environment": (["--port", "1"], {"RECEIVER_PORT": "2"}, "port", 1),
-    "RECEIVER_PORT before PORT": ([], {"RECEIVER_PORT": "2", "PORT": "3"}, "port", 2),
-    "PORT, as hosting platforms set it": ([], {"PORT": "3"}, "port", 3),
-    "not HOST, which means something else": ([], {"HOST": "example.com"}, "host", "127.0.0.1"),
-    "systemd's StateDirectory, the first of two": ([], {"STATE_DIRECTORY": "/a:/b"}, "data_dir", "/a"),
-    "one's own folder before it": ([], {"STATE_DIRECTORY": "/a", "RECEIVER_DATA_DIR": "/b"}, "data_dir", "/b"),
-    "0 for off": ([], {"SEGMENT_TRUST_BATCHES": "0"}, "trust_batches", False),
-    "true for on": ([], {"SEGMENT_TRUST_BATCHES": "true"}, "trust_batches", True),
-    "a flag for on": (["--trust-batches"], {"SEGMENT_TRUST_BATCHES": "0"}, "trust_batches", True),
-    "several secrets": ([], {"SEGMENT_SHARED_SECRET": " a\tb\n"}, "shared_secrets", (b"a", b"b")),
-    "MongoDB's address": ([], {"MONGODB_URI": "mongodb://a/"}, "mongodb_uri", "mongodb://a/"),
-    "a demo with secrets": (["--demo"], {}, "demo", True),
-    **{f"{field} by default": ([], {}, field, value) for field, value in DEFAULTS.items()},
+CHOSEN: dict[str, tuple[dict[str, Any], str, Any]] = {
+    "a flag before the environment": ({"--port": "1", "RECEIVER_PORT": "2"}, "port", 1),
+    "RECEIVER_PORT before PORT": ({"RECEIVER_PORT": "2", "PORT": "3"}, "port", 2),
+    "PORT, as hosting platforms set it": ({"PORT": "3"}, "port", 3),
+    "not HOST, which means something else": ({"HOST": "example.com"}, "host", "127.0.0.1"),
+    "systemd's StateDirectory, the first of two": ({"STATE_DIRECTORY": "/a:/b"}, "data_dir", "/a"),
+    "one's own folder before it": ({"STATE_DIRECTORY": "/a", "RECEIVER_DATA_DIR": "/b"}, "data_dir", "/b"),
+    "0 for off": ({"SEGMENT_TRUST_BATCHES": "0"}, "trust_batches", False),
+    "true for on": ({"SEGMENT_TRUST_BATCHES": "true"}, "trust_batches", True),
+    "a flag for on": ({"--trust-batches": "", "SEGMENT_TRUST_BATCHES": "0"}, "trust_batches", True),
+    "several secrets": ({"SEGMENT_SHARED_SECRET": " a\tb\n"}, "shared_secrets", (b"a", b"b")),
+    "MongoDB's address": ({"MONGODB_URI": "mongodb://a/"}, "mongodb_uri", "mongodb://a/"),
+    "a demo with secrets": ({"--demo": ""}, "demo", True),
+    "a demo for whoever has no secret yet": (NO_SECRET, "demo", True),
+    **{f"{field} by default": ({}, field, value) for field, value in DEFAULTS.items()},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CHOSEN)
-def test_the_settings_take(name: str) -> None:
-    arguments, environment, field, value = CHOSEN[name]
-    assert getattr(load(*arguments, **(SECRET | environment)), field) == value
+@pytest.mark.parametrize(("given", "field", "value"), CHOSEN.values(), ids=CHOSEN)
+def test_the_settings_take(given: dict[str, Any], field: str, value: Any) -> None:
+    assert getattr(load(given), field) == value
 
 
 URI = "mongodb://u:hunter2@db.example/"
@@ -522,66 +526,54 @@ VARIABLES = [
     "SEGMENT_SHARED_SECRET", "SEGMENT_PUBLIC_SECRET", "SEGMENT_TRUST_BATCHES", "MONGODB_URI", "MONGODB_DATABASE", "MONGODB_COLLECTION",
     *("RECEIVER_" + name for name in ("HOST", "PORT", "DATA_DIR", "MAX_BODY_BYTES", "MAX_CONNECTIONS", "MAX_SPOOL_BYTES")), "PORT",
 ]  # fmt: skip
-# A variable or flag, and what it may not be.
-REFUSED = [
-    *(("RECEIVER_PORT", value) for value in ("http", "-1", "65536", "٣")), ("--port", "http"), ("PORT", "-1"),
-    *(("RECEIVER_MAX_BODY_BYTES", "4MB"), ("RECEIVER_MAX_CONNECTIONS", "0"), ("RECEIVER_MAX_SPOOL_BYTES", "1.5")),
-    ("SEGMENT_TRUST_BATCHES", "perhaps"),
-    # The process list would show it.
-    *(("--no-such-flag", "hunter2"), ("--shared-secret", "hunter2"), ("--mongodb-uri", URI)),
-    ("--mongodb-uri", "mongodb://a/?tlsCertificateKeyFilePassword=hunter2"),
-    # A secret that failed to arrive must not become somebody's demo.
-    *((name, "") for name in VARIABLES), ("SEGMENT_SHARED_SECRET", " \n"),
-    # `docker run --env-file` keeps quotes, and then every event is a 401.
-    *((name, '"hunter2"') for name in VARIABLES[:2]), ("SEGMENT_SHARED_SECRET", "'hunter2'"), ("MONGODB_URI", f'"{URI}"'),
-    *(("SEGMENT_SHARED_SECRET", value) for value in ('old "hunter2"', "a\x1fb", "a\x85b", "a\x0bb")),
-    # Control characters, and a byte that is no UTF-8 as Python hands it over.
-    *((name, value) for name in ("MONGODB_DATABASE", "MONGODB_COLLECTION", "RECEIVER_HOST", "RECEIVER_DATA_DIR", "--data-dir")
-      for value in ("a\r", "a\nb", "a\x1b", "a\udcff")),
+# What is given, and what the line says of it.
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    *(({name: value}, name) for name, value in (
+        *(("RECEIVER_PORT", value) for value in ("http", "-1", "65536", "٣")), ("--port", "http"), ("PORT", "-1"),
+        *(("RECEIVER_MAX_BODY_BYTES", "4MB"), ("RECEIVER_MAX_CONNECTIONS", "0"), ("RECEIVER_MAX_SPOOL_BYTES", "1.5")),
+        ("SEGMENT_TRUST_BATCHES", "perhaps"),
+        # The process list would show it.
+        *(("--no-such-flag", "hunter2"), ("--shared-secret", "hunter2"), ("--mongodb-uri", URI)),
+        ("--mongodb-uri", "mongodb://a/?tlsCertificateKeyFilePassword=hunter2"),
+        # A secret that failed to arrive must not become somebody's demo.
+        *((name, "") for name in VARIABLES), ("SEGMENT_SHARED_SECRET", " \n"),
+        # `docker run --env-file` keeps quotes, and then every event is a 401.
+        *((name, '"hunter2"') for name in VARIABLES[:2]), ("SEGMENT_SHARED_SECRET", "'hunter2'"), ("MONGODB_URI", f'"{URI}"'),
+        *(("SEGMENT_SHARED_SECRET", value) for value in ('old "hunter2"', "a\x1fb", "a\x85b", "a\x0bb")),
+        # Control characters, and a byte that is no UTF-8 as Python hands it over.
+        *((name, value) for name in ("MONGODB_DATABASE", "MONGODB_COLLECTION", "RECEIVER_HOST", "RECEIVER_DATA_DIR", "--data-dir")
+          for value in ("a\r", "a\nb", "a\x1b", "a\udcff")))),
+    # Also where another one counts.
+    ({"RECEIVER_PORT": "1", "PORT": ""}, "^PORT is empty"), ({"--host": "::1", "RECEIVER_HOST": ""}, "RECEIVER_HOST is empty"),
+    ({"--demo": "hunter2"}, "argument"),
+    # A demo is for this machine.
+    *((demo | {"RECEIVER_HOST": host}, f"{name}.*loopback") for host in ("0.0.0.0", "::", "192.0.2.1", "example.com")
+      for name, demo in (("SEGMENT_SHARED_SECRET", NO_SECRET), ("--demo", {"--demo": ""}))),
 ]  # fmt: skip
 
 
-def refusal(*arguments: str, **environment: str) -> str:
-    with pytest.raises(product.SettingsError) as refused:
-        load(*arguments, **environment)
-    return str(refused.value)
-
-
-@pytest.mark.parametrize(("name", "value"), REFUSED)
-def test_a_bad_value_is_one_line_that_names_the_setting(name: str, value: str) -> None:
-    given = [name, value] if name.startswith("-") else []
-    line = refusal(*given, **(SECRET if given else SECRET | {name: value}))
-    assert name in line and line.isprintable()
-    assert "hunter2" not in line
-
-
-def test_an_empty_variable_is_refused_though_another_one_counts() -> None:
-    assert "PORT is empty" in refusal(RECEIVER_PORT="1", PORT="", **SECRET)
-    assert "RECEIVER_HOST is empty" in refusal(
-        "--host", "::1", RECEIVER_HOST="", **SECRET
-    )
-    assert "argument" in (line := refusal("hunter2")) and "hunter2" not in line
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.com"])
-def test_a_demo_is_for_this_machine(host: str) -> None:
-    assert load().demo  # for whoever has no secret yet
-    assert re.search("SEGMENT_SHARED_SECRET.*loopback", refusal("--host", host))
-    line = refusal("--demo", RECEIVER_HOST=host, **SECRET)
-    assert re.search("--demo.*loopback", line)
+@pytest.mark.parametrize(("given", "words"), REFUSED, ids=str)
+def test_a_bad_value_is_one_line_that_names_the_setting(
+    given: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(product.SettingsError, match=words) as refused:
+        load(given)
+    assert str(refused.value).isprintable() and "hunter2" not in str(refused.value)
 
 
 def test_secrets_are_read_from_systemds_credentials(tmp_path: Path) -> None:
     credentials = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
-    (tmp_path / "segment_shared_secret").write_text("old\nnew\n")
+    shared = tmp_path / "segment_shared_secret"
+    shared.write_text("old\nnew\n")
     (tmp_path / "segment_public_secret").write_text("hunter2\n")
-    settings = load(**credentials)
+    settings = load(credentials | NO_SECRET)
     assert settings.shared_secrets == (b"old", b"new")
     assert settings.public_secrets == (b"hunter2",) and "hunter2" not in repr(settings)
-    assert load(**credentials, **SECRET).shared_secrets == (b"s",)
+    assert load(credentials).shared_secrets == (b"s",)
     for text in ("", " \n", "'quoted'"):
-        (tmp_path / "segment_shared_secret").write_text(text)
-        assert "segment_shared_secret" in refusal(**credentials)
+        shared.write_text(text)
+        with pytest.raises(product.SettingsError, match=shared.name):
+            load(credentials | NO_SECRET)
 
 
 # What pymongo refuses, or only warns about: tls=True connects without TLS.
@@ -592,51 +584,34 @@ BAD_URIS = [
 ]  # fmt: skip
 
 
-# Ends a process for each setting, and prints their statuses.
-ENDINGS = f"""
-import json, os, sys
-sys.path.insert(0, {str(HERE)!r})
-import receiver
-for name, value in json.load(sys.stdin):
-    if not os.fork():
-        os.environ[name] = value
-        receiver.main()
-    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-"""
-
-
-def test_a_bad_setting_ends_the_process_with_a_line_and_2(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "spool").touch()
-    rows = [
+@concurrently
+def test_a_bad_value_ends_the_process_with_a_line_and_2(tmp_path: Path) -> None:
+    (tmp_path / "spool").touch()
+    usable = SECRET | {"RECEIVER_DATA_DIR": str(tmp_path / "data"), "PORT": "0"}
+    lines = set()
+    for name, value, words in [
         ("RECEIVER_PORT", "http", "RECEIVER_PORT"),
-        ("MONGODB_DATABASE", "\udcff", "MONGODB_DATABASE"),
         ("MONGODB_DATABASE", "a b", "MONGODB_DATABASE"),
         ("MONGODB_COLLECTION", "a$b", "MONGODB_COLLECTION"),
-        ("RECEIVER_DATA_DIR", f"{tmp_path}/data", f"{tmp_path}/data/spool"),
-        ("RECEIVER_DATA_DIR", f"{tmp_path}/data/spool/x", f"{tmp_path}/data/spool"),
+        ("RECEIVER_DATA_DIR", f"{tmp_path}", f"{tmp_path}/spool"),
+        ("RECEIVER_DATA_DIR", f"{tmp_path}/spool/x", f"{tmp_path}/spool"),
         *(("MONGODB_URI", uri, "MONGODB_URI: ") for uri in BAD_URIS),
-    ]
-    ended = subprocess.run(
-        [sys.executable, "-c", ENDINGS],
-        input=json.dumps([row[:2] for row in rows]),
-        env={**SECRET, "RECEIVER_DATA_DIR": str(tmp_path), "PORT": "0"},
-        capture_output=True, check=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert ended.stdout.split() == ["2"] * len(rows)
-    lines = ended.stderr.splitlines()
-    for (_, value, words), line in zip(rows, lines, strict=True):
-        assert words in line and not re.search("hunter2|db.example", line), value
-    assert len(set(lines[6:])) > 10  # each for pymongo's own reason
+    ]:
+        ended = run(**usable | {name: value})
+        (line,) = ended.stderr.splitlines()
+        assert ended.returncode == 2 and words in line, value
+        assert not re.search("hunter2|db.example", line), value
+        lines.add(line)
+    assert len(lines) > 15  # each for pymongo's own reason
 
 
 def test_help_names_every_setting_and_default() -> None:
     text = " ".join(run("--help").stdout.split())
-    for name in (*VARIABLES, "MONGOD", "--demo", "--check", "--trust-batches"):
-        assert name in text, name
+    named = (*VARIABLES, "MONGOD", "--demo", "--check", "--trust-batches")
+    assert [name for name in named if name not in text] == []
     for name, default in DEFAULTS.items():
-        flag = "--" + name.replace("_", "-")
-        assert not default or re.search(rf"{flag} [^[]*\[[^]]*{default}\]", text), flag
+        shown = rf"--{name.replace('_', '-')} [^[]*\[[^]]*{default}\]"
+        assert not default or re.search(shown, text), name
     assert "--MONGODB-URI" not in text and "default none" not in text
 
 
