@@ -644,7 +644,6 @@ def test_help_names_every_setting_and_default() -> None:
     for name, default in DEFAULTS.items():
         shown = rf"--{name.replace('_', '-')} [^[]*\[[^]]*{default}\]"
         assert not default or re.search(shown, text), name
-    assert "--MONGODB-URI" not in text and "default none" not in text
 
 
 # --- Authenticity -----------------------------------------------------------------------
@@ -728,7 +727,7 @@ BATCHES: dict[str, tuple[bytes, bytes, int, int]] = {
     "another event is signed": (b"[%s,{}]" % ODD, b"{}", 401, 401),
     "a part of it is signed": (b"[%s,{}]" % ODD, ODD[:-1], 401, 401),
     "without an end": (b"[" + ODD[:-1], ODD[:-1], 401, 401),
-    "not an array": (ODD + b",{}", ODD, 401, 401),
+    "not an array": (b" %s,{}]" % ODD, ODD, 401, 401),
     "no comma": (b"[%s {}]" % ODD, ODD, 401, 400),
     "only braces": (b"[" + b"{" * 1_000_000, b"{", 401, 401),
     "its first event has 10,000 braces": (b"[%s,{}]" % BRACES, BRACES, 401, 401),
@@ -843,17 +842,17 @@ def test_a_signed_body_that_cannot_be_stored_is_refused_and_kept(
 
 def test_a_batch_is_answered_with_counts(receiver: Receiver) -> None:
     batch = [track() for _ in range(1000)]
-    whole = {"_id": "whole", "json": {"a": 1}}  # not unwrapped, as it is signed itself
-    mixed = [track(), {"_id": [1]}, batch[0], {"a\0": 1}, batch[0], whole]
+    mixed = [track(), {"_id": [1]}, batch[0], {"a\0": 1}, batch[0], {}]
+    whole = [{"json": {"whole": 1}}]  # not unwrapped, as it is signed itself
     names = ("inserted", "duplicates", "rejected")
     for events, *counts in (
-        (batch, 1000, 0, 0), (batch, 0, 1000, 0), ([], 0, 0, 0), (mixed, 2, 2, 2),
+        (batch, 1000, 0, 0), (batch, 0, 1000, 0), ([], 0, 0, 0), (mixed, 2, 2, 2), (whole, 1, 0, 0),
     ):  # fmt: skip
         answer = receiver.post(events)
         assert answer.status == 200
         assert answer.json == dict(zip(names, counts, strict=True))
     assert "array" in kept(receiver)[json.dumps(mixed).encode()]
-    assert receiver.events().find_one({"_id": "whole"}) == whole
+    assert receiver.events().find_one({"json.whole": 1})
 
 
 # As Segment's published destinations do it (segmentio/action-destinations: webhook,
