@@ -326,7 +326,7 @@ def kept(receiver: Receiver) -> dict[bytes, str]:
     """Returns what stands under rejected/, with the reasons."""
     folder = receiver.data / "rejected"
     return {
-        path.read_bytes(): min(folder.glob(f"{path.stem}*.reason.txt")).read_text()
+        path.read_bytes(): path.with_suffix(".reason.txt").read_text()
         for path in folder.iterdir()
         if not path.name.endswith(".reason.txt")
     }
@@ -760,14 +760,16 @@ FAITHFUL: dict[str, tuple[str, ...]] = {
     "no fields": ("{}",),
     "white space": (' {"a" :\n[ 1 ,\t2 ]}\r\n',),
     "beyond the BMP": ('{"a":"\U0001f600","\\ud83d\\ude00":"\\u00e9\u00e9e\u0301"}',),
-    "lone surrogates": (r'{"a":["\ude00",{"x\ud83dy":"\ude00\ud83d"}],"b":"\ud83d\ude00"}', '{"a":["\ufffd",{"x\ufffdy":"\ufffd\ufffd"}],"b":"\U0001f600"}'),
+    "lone surrogates": (r'{"a":["\ude00",{"x\ud83dy":"\ude00\ud83d"}],"b":"\ud83d\ude00"}',
+        '{"a":["\ufffd",{"x\ufffdy":"\ufffd\ufffd"}],"b":"\U0001f600"}'),
     "a cut messageId": (r'{"messageId":"m\ud83d"}', '{"messageId":"m\ufffd"}'),
     "U+0000 and U+2028": ('{"a":"\\u0000b\\u0000","b":"\u2028\u2029\\u2028"}',),
     "odd keys": ('{"$a":1,"a.b":2,"a b":3,"":4,"b":{"$set":1,".":2,"":{"":5}},"$oid":"x","é":6,"c":{"b":1,"_id":2,"c":3}}',),
     "extended JSON": ('{"a":{"$oid":"5f5f5f5f5f5f5f5f5f5f5f5f"},"b":{"$date":0},"c":{"$numberLong":"1"}}',),
     "32 bits": ('{"a":[2147483647,2147483648,-2147483648,-2147483649,0,-0]}',),
     "64 bits": ('{"a":[9223372036854775807,-9223372036854775808]}',),
-    "past 64 bits": ('{"a":[9223372036854775808,-9223372036854775809,100000000000000000000]}', '{"a":[9223372036854775808.0,-9223372036854775808.0,1e20]}'),
+    "past 64 bits": ('{"a":[9223372036854775808,-9223372036854775809,100000000000000000000]}',
+        '{"a":[9223372036854775808.0,-9223372036854775808.0,1e20]}'),
     "floats": ('{"a":[1e20,-0.0,0.1,1.0,5e-324,1.7976931348623157e308,1E400,-1e400,1e-400,1e+21,1e-7]}',),
     "5000 digits": (f'{{"a":{"1" * 5000},"b":-{"1" * 5000},"c":0.{"1" * 5000}}}', f'{{"a":1e999,"b":-1e999,"c":0.{"1" * 20}}}'),
     "literals": ('{"a":[true,false,null],"b":{},"c":[],"d":[{},[]],"e":""}',),
@@ -846,7 +848,8 @@ def test_a_batch_is_answered_with_counts(receiver: Receiver) -> None:
     whole = [{"json": {"whole": 1}}]  # not unwrapped, as it is signed itself
     names = ("inserted", "duplicates", "rejected")
     for events, *counts in (
-        (batch, 1000, 0, 0), (batch, 0, 1000, 0), ([], 0, 0, 0), (mixed, 2, 2, 2), (whole, 1, 0, 0),
+        (batch, 1000, 0, 0), (batch, 0, 1000, 0), ([], 0, 0, 0),
+        (mixed, 2, 2, 2), (whole, 1, 0, 0),
     ):  # fmt: skip
         answer = receiver.post(events)
         assert answer.status == 200
