@@ -950,7 +950,8 @@ def test_too_many_events_in_flight_are_503(start: Start, own_mongod: Mongod) -> 
     receiver = start(uri=own_mongod.uri)
     own_mongod.process.send_signal(signal.SIGSTOP)
     batches = [[{"_id": f"{b}-{n}"} for n in range(4000)] for b in range(8)]
-    answers = together(*[functools.partial(receiver.post, batch) for batch in batches])
+    bodies = [json.dumps(batch).encode() for batch in batches]
+    answers = together(*[functools.partial(receiver.post, body) for body in bodies])
     own_mongod.process.send_signal(signal.SIGCONT)
     statuses = [answer.status for answer in answers]
     assert set(statuses) == {202, 503} and statuses.count(202) >= 4, statuses
