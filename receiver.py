@@ -867,19 +867,20 @@ TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 AUTHORITY = r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]+"
 REQUEST_LINE = re.compile(
     rf"({TOKEN}) ((?:(?i:https?)://({AUTHORITY}))?(/[!->@-~]*)(?:\?([!-~]*))?)"
-    r" HTTP/1\.([01])"
+    r" (HTTP/1\.[01])"
 )
-FIELD_LINES = re.compile(rf"(?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*(?:\r\n|\Z))*")
-FIELD = re.compile(r"([^:\r]+):([^\r]*)(?:\r\n|\Z)")
+FIELD_LINES = re.compile(rf"(?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n")
+FIELD = re.compile("([^:]+):(.*)\r\n")
 HOST = re.compile(f"(?:{AUTHORITY})?")
 CONTENT_LENGTH = re.compile("[0-9]{1,19}")
 METHOD_START = re.compile(TOKEN.encode())
-BARE_LF_AT_END = re.compile(rb"\n\r?\n")  # where no CRLF CRLF is
+HEAD_END = re.compile(rb"\n\r?\n")  # who sends bare LF is refused at once, too
 SIGNATURE = re.compile("[0-9a-f]{40}")
 MAX_TARGET_BYTES = 8 * KIB
-MAX_HEAD_BYTES = 32 * KIB
+MAX_HEAD_BYTES = 32 * KIB + len("\r\n\r\n")
 MAX_FIELDS = 100
 MAX_ID_BYTES = KIB  # in an answer: Segment's client hangs on one of more than 16 KB
+ENCODER = json.JSONEncoder(allow_nan=False)
 
 IDLE_SECONDS = 180.0  # longer than proxies: who closes first loses a request on its way
 HEAD_SECONDS = BODY_SECONDS = SEND_SECONDS = LINGER_SECONDS = 10.0
@@ -891,11 +892,11 @@ READ_BYTES = 64 * KIB  # a body that is larger is worked on in a thread
 MAX_BODIES_BYTES = 32 * MIB  # of all bodies that have come in part
 SPARE_FILES = 64  # descriptors for MongoDB, the disk, the log, those who find no room
 
-# What is answered to who is ended; not raised, since that would pile up tracebacks.
-INCOMPLETE = Refused(408, "the request was not complete in time")
-LATE = Refused(503, "not stored in time")
-NO_ROOM = Refused(503, "too many connections")
-NO_MEMORY = Refused(503, "too many large bodies in flight")
+# What is answered to who is ended.
+INCOMPLETE = 408, "the request was not complete in time"
+UNANSWERED = 503, "not stored in time"
+NO_ROOM = 503, "too many connections"
+NO_MEMORY = 503, "too many large bodies in flight"
 
 
 def malformed(what: str) -> Refused:
@@ -912,8 +913,9 @@ def parse_fields(lines: str) -> dict[str, str]:
         if name in fields:
             value = f"{fields[name]}, {value}"  # which no Host or Content-Length can be
         fields[name] = value
-    if not CONTENT_LENGTH.fullmatch(fields.get("content-length", "0")):
-        raise malformed("Content-Length")
+    for name, grammar in (("host", HOST), ("content-length", CONTENT_LENGTH)):
+        if not grammar.fullmatch(fields.get(name, "0")):
+            raise malformed(name)
     return fields
 
 
@@ -942,18 +944,15 @@ class Handler(BaseHTTPRequestHandler):
         # Not http.server's __init__, which would handle the connection at once.
         self.server, self.reader, self.writer = server, reader, writer
         self.settings, self.storage = server.settings, server.storage
-        self.buffer = b""
-        self.since = time.monotonic()  # when it came or last completed a request
-        self.held = 0  # bytes of a body that has come in part
+        self.buffer = bytearray()  # what has come and was not read
         self.evicted = self.close_connection = False
         self.enter(IDLE_SECONDS, None)
 
-    def enter(self, seconds: float, late: Refused | None, busy: bool = False) -> None:
+    def enter(self, seconds: float, late: tuple[int, str] | None) -> None:
         self.deadline = self.server.clock + seconds
         self.late = late
-        self.busy = busy
 
-    def end(self, late: Refused | None) -> None:
+    def end(self, late: tuple[int, str] | None) -> None:
         self.late = late
         self.task.cancel()
 
@@ -976,12 +975,11 @@ class Handler(BaseHTTPRequestHandler):
         """Reads a request and answers it. Raises OSError when the client has gone."""
         self.wfile = BytesIO()
         self.command, self.path, self.request_version = "", "", "HTTP/1.1"
-        self.headers, self.unread, self.close_connection = {}, 0, True
+        self.headers, self.unread = {}, -1
         try:
             if self.evicted:  # before it began
-                raise Refused(*NO_ROOM.args)
-            if not await self.read_head():
-                return
+                raise Refused(*NO_ROOM)
+            await self.read_head()
             self.path = "/webhook" if self.path == "/webhook/" else self.path
             if self.path not in self.methods:
                 raise Refused(404, "not found")
@@ -989,104 +987,90 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(405, "method not allowed")
             await getattr(self, f"do_{self.command}")()
         except Refused as refused:
-            self.refuse(refused)
+            self.refuse(refused.status, refused.reason)
         except asyncio.CancelledError:
             if self.late is None:
                 raise
-            self.refuse(self.late)
+            self.refuse(*self.late)
         except OSError:
             raise
         except Exception:
             log.exception("internal error")
-            self.refuse(Refused(503, "internal error"))
+            self.refuse(503, "internal error")
         finally:
-            self.held = 0
+            self.server.bodies.pop(self, None)
         await self.send()
 
-    async def receive(self) -> bytes:
+    async def receive(self) -> None:
+        """Adds what comes to the buffer. Raises Refused, between requests OSError."""
         data = await self.reader.read(READ_BYTES)
         if not data:
-            raise malformed("it ends too early")
-        return data
+            raise malformed("it ends too early") if self.late else ConnectionError()
+        self.buffer += data
 
-    async def read_head(self) -> bool:
-        """Reads and parses a head; returns False if no request comes."""
+    async def read_head(self) -> None:
         self.enter(IDLE_SECONDS, None)
-        while self.buffer in (b"", b"\r", b"\r\n"):
-            data = await self.reader.read(READ_BYTES)
-            if not data:
-                return False
-            self.buffer += data
+        while b"\r\n".startswith(self.buffer):
+            await self.receive()
         self.buffer = self.buffer.removeprefix(b"\r\n")  # RFC 9112 section 2.2
         self.enter(HEAD_SECONDS, INCOMPLETE)
         searched = 0  # a head that comes byte by byte must not cost its length squared
-        while (end := self.buffer.find(b"\r\n\r\n", searched)) < 0:
-            if not METHOD_START.match(self.buffer):  # a TLS client waits for an answer
-                raise malformed("request line")
-            if BARE_LF_AT_END.search(self.buffer, searched):
-                raise malformed("bare LF")
-            if len(self.buffer) > MAX_HEAD_BYTES + 3:  # its end may have come in part
-                self.parse_head(self.buffer.decode("latin-1"))  # raises: it is too long
-            searched = max(len(self.buffer) - 3, 0)
-            self.buffer += await self.receive()
-        self.enter(ANSWER_SECONDS, LATE, busy=True)
-        head, self.buffer = self.buffer[:end], self.buffer[end + 4 :]
-        self.parse_head(head.decode("latin-1"))
-        return True
+        while not (end := HEAD_END.search(self.buffer, searched)):
+            if len(self.buffer) > MAX_HEAD_BYTES or not METHOD_START.match(self.buffer):
+                break  # parse_head refuses it now: a TLS client, say, would wait
+            searched = max(len(self.buffer) - 2, 0)
+            await self.receive()
+        size = end.end() if end else len(self.buffer)
+        self.enter(ANSWER_SECONDS, UNANSWERED)
+        head = self.buffer[:size].decode("latin-1")
+        del self.buffer[:size]
+        self.parse_head(head)
 
     def parse_head(self, head: str) -> None:
-        """Parses a head without its empty line. Raises Refused: 400, 414 or 431."""
+        """Parses a head with its empty line. Raises Refused: 400, 414 or 431."""
         line, _, lines = head.partition("\r\n")
         match = REQUEST_LINE.fullmatch(line)
         if len(match[2] if match else line) > MAX_TARGET_BYTES:
             raise Refused(414, "request target too long")
         if not match:
             raise malformed("request line")
-        self.command, _, host, self.path, self.query, minor_version = match.groups("")
-        self.request_version = f"HTTP/1.{minor_version}"
-        if len(head) > MAX_HEAD_BYTES or lines.count("\r\n") >= MAX_FIELDS:
+        self.command, _, host, self.path, self.query, version = match.groups("")
+        self.request_version = version
+        if len(head) > MAX_HEAD_BYTES or lines.count("\n") > MAX_FIELDS + 1:
             raise Refused(431, "request head too large")
         self.headers = headers = parse_fields(lines)
-        if "host" not in headers and minor_version == "1":
+        if "host" not in headers and version == "HTTP/1.1":
             raise malformed("Host is missing")
         if host:  # RFC 9112 section 3.2.2
             headers["host"] = host
-        if not HOST.fullmatch(headers.get("host", "")):
-            raise malformed("Host")
-        self.unread = int(headers.get("content-length", "0"))
         options = members(headers.get("connection", ""))
-        wanted = minor_version == "1" or "keep-alive" in options
-        # Where a body could stand whose end is unknown, no other request can follow.
-        framed = "content-length" in headers or self.command in ("GET", "HEAD")
-        framed = framed and "transfer-encoding" not in headers
-        self.close_connection = "close" in options or not (wanted and framed)
+        wanted = version == "HTTP/1.1" or "keep-alive" in options
+        self.close_connection = "close" in options or not wanted
+        if "transfer-encoding" not in headers:
+            default = 0 if self.command in ("GET", "HEAD") else -1
+            self.unread = int(headers.get("content-length", default))
 
     async def read_body(self) -> bytes:
-        """Reads the whole body. Raises Refused."""
         length = self.unread
         if len(self.buffer) < length:
             is_new = self.request_version == "HTTP/1.1"  # RFC 9110 section 10.1.1
             if is_new and "100-continue" in members(self.headers.get("expect", "")):
-                self.enter(SEND_SECONDS, None, busy=True)
                 self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                await self.writer.drain()
-            self.began = self.server.clock
             self.enter(BODY_SECONDS + length / BODY_BYTES_PER_SECOND, INCOMPLETE)
-            data = bytearray(self.buffer)
-            while len(data) < length:
-                data += await self.receive()
-                self.server.hold(self, len(data))
-            self.buffer = bytes(data)
-        body, self.buffer = self.buffer[:length], self.buffer[length:]
+            while len(self.buffer) < length:
+                await self.receive()
+                self.server.hold(self, len(self.buffer))
+            self.enter(ANSWER_SECONDS, UNANSWERED)
+        body = bytes(memoryview(self.buffer)[:length])
+        del self.buffer[:length]
         self.unread = 0
-        self.enter(ANSWER_SECONDS, LATE, busy=True)
         return body
 
     def answer(self, status: int, value: Any, **headers: str) -> None:
         """Prepares an answer: bytes as they are, anything else as JSON."""
         is_raw = isinstance(value, bytes)
-        payload = value if is_raw else json.dumps(value).encode() + b"\n"
-        self.close_connection |= self.unread > 0 or self.server.stopping or self.evicted
+        payload = value if is_raw else ENCODER.encode(value).encode() + b"\n"
+        self.close_connection |= self.unread != 0 or self.server.stopping
         self.send_response_only(status)
         self.send_header("Date", self.server.date)
         self.send_header("Content-Length", str(len(payload)))
@@ -1100,8 +1084,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(payload)
 
-    def refuse(self, refused: Refused) -> None:
-        status, reason = refused.status, refused.reason
+    def refuse(self, status: int, reason: str) -> None:
         self.server.unauthorized += status == 401
         log.warning("refused: %d %s", status, words(reason))
         headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
@@ -1110,10 +1093,10 @@ class Handler(BaseHTTPRequestHandler):
 
     async def send(self) -> None:
         """Sends the answer in one write, and waits until it is taken."""
-        self.enter(SEND_SECONDS, None, busy=not self.evicted)
+        self.enter(SEND_SECONDS, UNANSWERED)
         self.writer.write(self.wfile.getvalue())
         await self.writer.drain()
-        self.since = time.monotonic()
+        self.server.handlers[self] = time.monotonic()
         self.server.handlers.move_to_end(self)
 
     async def linger(self) -> None:
@@ -1130,6 +1113,7 @@ class Handler(BaseHTTPRequestHandler):
         """Takes events. Cheapest checks first, most before the body is read."""
         self.require_secret(self.settings.public_secrets)
         self.require_length()
+        self.limit_length()
         signature = self.headers.get("x-signature", "").lower()
         if not SIGNATURE.fullmatch(signature):
             raise Refused(401, "X-Signature is missing or not 40 hexadecimal digits")
@@ -1150,24 +1134,26 @@ class Handler(BaseHTTPRequestHandler):
     do_PUT = do_PATCH = do_POST
 
     def answer_results(self, results: list[str], events: Events) -> None:
-        spooled, duplicates = results.count("spooled"), results.count("duplicate")
-        if not (spooled or events.is_batch):
-            name = events.documents[0].id
+        counted = map(results.count, ("stored", "duplicate", "spooled"))
+        (stored, duplicates, spooled), rejected = counted, len(events.faults)
+        value: dict[str, Any]
+        if spooled or events.is_batch:
+            value = {"inserted": stored, "duplicates": duplicates, "rejected": rejected}
+            if spooled:
+                value = {"spooled": spooled} | {n: v for n, v in value.items() if v}
+        else:
+            name, value = events.documents[0].id, {}
             name = str(name) if isinstance(name, ObjectId) else name
-            fits = type(name) is str and len(name) < 100  # the usual, quickly
             with contextlib.suppress(ValueError):  # JSON has no Infinity
-                fits = fits or len(json.dumps(name, allow_nan=False)) <= MAX_ID_BYTES
-            value: dict[str, Any] = {"insertedId": name} if fits else {}
-            return self.answer(200, value | ({"duplicate": True} if duplicates else {}))
-        stored, rejected = results.count("stored"), len(events.faults)
-        value = {"inserted": stored, "duplicates": duplicates, "rejected": rejected}
-        if spooled:
-            value = {"spooled": spooled} | {n: v for n, v in value.items() if v}
+                if len(ENCODER.encode(name)) <= MAX_ID_BYTES:
+                    value["insertedId"] = name
+            if duplicates:
+                value["duplicate"] = True
         self.answer(202 if spooled else 200, value)
 
     async def do_GET(self) -> None:
         """Says whether events can be kept; with the public secret, counters, too."""
-        self.refuse_transfer_encoding()
+        self.require_length()
         storage, status = self.storage, "failing" if self.storage.failing else "ok"
         mongodb = "up" if storage.reachable else "down"
         value: dict[str, Any] = {"status": status, "mongodb": mongodb}
@@ -1194,15 +1180,13 @@ class Handler(BaseHTTPRequestHandler):
         if accepted and not (len(given) == 1 and any(same)):
             raise Refused(401, "public secret missing, wrong, or given twice")
 
-    def refuse_transfer_encoding(self) -> None:
-        if "transfer-encoding" in self.headers:
+    def require_length(self) -> None:
+        """Raises Refused (411) for a body of unknown length."""
+        if self.unread < 0:
             raise Refused(411, "send Content-Length, not Transfer-Encoding")
 
-    def require_length(self) -> None:
-        """Raises Refused: 411 for a body of unknown length, 413 for a large one."""
-        self.refuse_transfer_encoding()
-        if "content-length" not in self.headers:
-            raise Refused(411, "Content-Length is required")
+    def limit_length(self) -> None:
+        """Raises Refused (413) for a large body."""
         most = self.settings.max_body_bytes
         if self.unread > most:
             if self.settings.public_secrets:  # of which he knows one
@@ -1228,7 +1212,7 @@ class DemoHandler(Handler):
     async def do_GET(self) -> None:
         if self.path == "/health":
             return await super().do_GET()
-        self.refuse_transfer_encoding()
+        self.require_length()
         self.require_loopback()
         if self.path == "/events":
             return self.answer(200, await self.find())
@@ -1306,8 +1290,9 @@ class Server:
         self.stopping = False
         self.unauthorized = 0
         self.worker = ThreadPoolExecutor(1)  # the interpreter has no use for a second
-        # In the order in which they last completed a request, with those that must go.
-        self.handlers: OrderedDict[Handler, None] = OrderedDict()
+        # When each came or last completed a request, in this order, also of the evicted.
+        self.handlers: OrderedDict[Handler, float] = OrderedDict()
+        self.bodies: dict[Handler, int] = {}  # bytes of those that come in parts
         self._most = settings.max_connections
         self._shows_events = settings.demo or (sys.stderr and sys.stderr.isatty())
 
@@ -1332,10 +1317,9 @@ class Server:
             await asyncio.sleep(0.02)
         self._server.close()
         while self.handlers and (now := time.monotonic()) < end:
-            # One that is new or was answered just now may have a request on its way.
-            for handler in self.handlers:
-                waits = handler.late is None and not handler.busy
-                if waits and now - handler.since > 0.5:
+            for handler, since in self.handlers.items():
+                # One that is new or was answered just now may have sent a request.
+                if handler.late is None and now - since > 0.5:
                     handler.end(None)
             await asyncio.sleep(0.02)
         for handler in self.handlers:
@@ -1344,32 +1328,28 @@ class Server:
     def _connect(self, reader: StreamReader, writer: StreamWriter) -> None:
         writer.transport.set_write_buffer_limits(0)  # drain() is to wait for all
         handler = (DemoHandler if self.settings.demo else Handler)(self, reader, writer)
-        counted = sum(not each.evicted for each in self.handlers)
-        handler.evicted = counted >= self._most and not self._make_room()
-        self.handlers[handler] = None
+        if sum(not each.evicted for each in self.handlers) >= self._most:
+            self._make_room(handler)
+        self.handlers[handler] = time.monotonic()
         handler.task = asyncio.create_task(handler.handle())
 
-    def _make_room(self) -> bool:
-        """Ends the connection that waits longest; returns False if none may go."""
+    def _make_room(self, newest: Handler) -> None:
+        """Ends the connection that waits longest, or the newest if no other may go."""
         recently = time.monotonic() - GRACE_SECONDS  # its request may be on its way
-        for handler in self.handlers:
-            if handler.since > recently:
-                break
-            if not (handler.busy or handler.evicted):
+        for handler, since in self.handlers.items():
+            if not (handler.late is UNANSWERED or handler.evicted or since > recently):
                 handler.evicted = True
                 # Not the client's fault: 408 would be the end of an authentic event.
-                handler.end(handler.late and NO_ROOM)
-                return True
-        return False
+                return handler.end(handler.late and NO_ROOM)
+        newest.evicted = True
 
     def hold(self, handler: Handler, size: int) -> None:
         """Counts what has come of a body; too much ends the one that began first."""
-        handler.held = size
+        self.bodies[handler] = size
         most = max(MAX_BODIES_BYTES, self.settings.max_body_bytes)
-        while sum(each.held for each in self.handlers) > most:
-            reading = [each for each in self.handlers if each.held and not each.busy]
-            first = min(reading, key=lambda each: each.began)
-            first.held = 0
+        while sum(self.bodies.values()) > most:
+            first = next(each for each in self.bodies if each.late is not UNANSWERED)
+            del self.bodies[first]
             first.end(NO_MEMORY)  # its next wait, if it is this one
 
     async def watch(self, mongod: EmbeddedMongoDB) -> None:
