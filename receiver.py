@@ -865,6 +865,7 @@ class Storage:
 # what two parsers could read in two ways is refused. Text is Latin-1: a byte each.
 TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 AUTHORITY = r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]+"
+LOOPBACK = r"(?i:localhost|127(?:\.[0-9]+){3}|\[::1\])(?::[0-9]*)?"
 REQUEST_LINE = re.compile(
     rf"({TOKEN}) ((?:(?i:https?)://({AUTHORITY}))?(/[!->@-~]*)(?:\?([!-~]*))?)"
     r" (HTTP/1\.[01])"
@@ -880,7 +881,7 @@ MAX_TARGET_BYTES = 8 * KIB
 MAX_HEAD_BYTES = 32 * KIB + len("\r\n\r\n")
 MAX_FIELDS = 100
 MAX_ID_BYTES = KIB  # in an answer: Segment's client hangs on one of more than 16 KB
-ENCODER = json.JSONEncoder(allow_nan=False)
+ENCODER = json.JSONEncoder(allow_nan=False, default=str)  # an ObjectId's digits
 
 IDLE_SECONDS = 180.0  # longer than proxies: who closes first loses a request on its way
 HEAD_SECONDS = BODY_SECONDS = SEND_SECONDS = LINGER_SECONDS = 10.0
@@ -899,14 +900,10 @@ NO_ROOM = 503, "too many connections"
 NO_MEMORY = 503, "too many large bodies in flight"
 
 
-def malformed(what: str) -> Refused:
-    return Refused(400, f"malformed HTTP: {what}")
-
-
 def parse_fields(lines: str) -> dict[str, str]:
     """Returns fields, names in lower case, repeated ones joined. Raises Refused."""
     if not FIELD_LINES.fullmatch(lines):
-        raise malformed("header field")
+        raise Refused(400, "malformed header field")
     fields: dict[str, str] = {}
     for name, value in FIELD.findall(lines):
         name, value = name.lower(), value.strip(" \t")
@@ -915,7 +912,7 @@ def parse_fields(lines: str) -> dict[str, str]:
         fields[name] = value
     for name, grammar in (("host", HOST), ("content-length", CONTENT_LENGTH)):
         if not grammar.fullmatch(fields.get(name, "0")):
-            raise malformed(name)
+            raise Refused(400, f"malformed {name}")
     return fields
 
 
@@ -999,13 +996,19 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(503, "internal error")
         finally:
             self.server.bodies.pop(self, None)
-        await self.send()
+        self.enter(SEND_SECONDS, UNANSWERED)
+        self.writer.write(self.wfile.getvalue())
+        await self.writer.drain()
+        self.server.handlers[self] = time.monotonic()
+        self.server.handlers.move_to_end(self)
 
     async def receive(self) -> None:
         """Adds what comes to the buffer. Raises Refused, between requests OSError."""
         data = await self.reader.read(READ_BYTES)
+        if not data and self.late:
+            raise Refused(400, "the request ends too early")
         if not data:
-            raise malformed("it ends too early") if self.late else ConnectionError()
+            raise ConnectionError
         self.buffer += data
 
     async def read_head(self) -> None:
@@ -1020,10 +1023,9 @@ class Handler(BaseHTTPRequestHandler):
                 break  # parse_head refuses it now: a TLS client, say, would wait
             searched = max(len(self.buffer) - 2, 0)
             await self.receive()
-        size = end.end() if end else len(self.buffer)
         self.enter(ANSWER_SECONDS, UNANSWERED)
-        head = self.buffer[:size].decode("latin-1")
-        del self.buffer[:size]
+        head = self.buffer[: end and end.end()].decode("latin-1")
+        del self.buffer[: len(head)]
         self.parse_head(head)
 
     def parse_head(self, head: str) -> None:
@@ -1033,14 +1035,14 @@ class Handler(BaseHTTPRequestHandler):
         if len(match[2] if match else line) > MAX_TARGET_BYTES:
             raise Refused(414, "request target too long")
         if not match:
-            raise malformed("request line")
+            raise Refused(400, "malformed request line")
         self.command, _, host, self.path, self.query, version = match.groups("")
         self.request_version = version
         if len(head) > MAX_HEAD_BYTES or lines.count("\n") > MAX_FIELDS + 1:
             raise Refused(431, "request head too large")
         self.headers = headers = parse_fields(lines)
         if "host" not in headers and version == "HTTP/1.1":
-            raise malformed("Host is missing")
+            raise Refused(400, "Host is missing")
         if host:  # RFC 9112 section 3.2.2
             headers["host"] = host
         options = members(headers.get("connection", ""))
@@ -1091,14 +1093,6 @@ class Handler(BaseHTTPRequestHandler):
         headers[405] = {"Allow": self.methods.get(self.path, "")}
         self.answer(status, {"error": reason[:1000]}, **headers.get(status, {}))
 
-    async def send(self) -> None:
-        """Sends the answer in one write, and waits until it is taken."""
-        self.enter(SEND_SECONDS, UNANSWERED)
-        self.writer.write(self.wfile.getvalue())
-        await self.writer.drain()
-        self.server.handlers[self] = time.monotonic()
-        self.server.handlers.move_to_end(self)
-
     async def linger(self) -> None:
         """Lets the client read the answer: unread bytes turn a close into a reset."""
         self.enter(LINGER_SECONDS, None)
@@ -1134,21 +1128,16 @@ class Handler(BaseHTTPRequestHandler):
     do_PUT = do_PATCH = do_POST
 
     def answer_results(self, results: list[str], events: Events) -> None:
-        counted = map(results.count, ("stored", "duplicate", "spooled"))
-        (stored, duplicates, spooled), rejected = counted, len(events.faults)
-        value: dict[str, Any]
-        if spooled or events.is_batch:
-            value = {"inserted": stored, "duplicates": duplicates, "rejected": rejected}
-            if spooled:
-                value = {"spooled": spooled} | {n: v for n, v in value.items() if v}
-        else:
-            name, value = events.documents[0].id, {}
-            name = str(name) if isinstance(name, ObjectId) else name
+        spooled, duplicates = results.count("spooled"), results.count("duplicate")
+        stored, rejected = results.count("stored"), len(events.faults)
+        value = {"inserted": stored, "duplicates": duplicates, "rejected": rejected}
+        if spooled:
+            value = {"spooled": spooled} | {n: v for n, v in value.items() if v}
+        elif not events.is_batch:
+            value = {"duplicate": True} if duplicates else {}
             with contextlib.suppress(ValueError):  # JSON has no Infinity
-                if len(ENCODER.encode(name)) <= MAX_ID_BYTES:
-                    value["insertedId"] = name
-            if duplicates:
-                value["duplicate"] = True
+                if len(ENCODER.encode(events.documents[0].id)) <= MAX_ID_BYTES:
+                    value = {"insertedId": events.documents[0].id} | value
         self.answer(202 if spooled else 200, value)
 
     async def do_GET(self) -> None:
@@ -1198,8 +1187,7 @@ class Handler(BaseHTTPRequestHandler):
         """Works on a body; on a large one, or a batch, in a thread, one by one."""
         if len(body) <= READ_BYTES and not body.startswith(b"["):
             return task(body, *more)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.server.worker, task, body, *more)
+        return await self.server.in_thread(task, body, *more)
 
 
 class DemoHandler(Handler):
@@ -1234,9 +1222,9 @@ class DemoHandler(Handler):
             raise Refused(400, "limit is a number from 1 to 100")
         names = [name.decode("utf-8", "replace") for name in self.parameters("id")]
         ids: list[Any] = [*names, *map(ObjectId, filter(ObjectId.is_valid, names))]
-        for name in names:  # of an event's own: 0, true, {"b":1}
-            with contextlib.suppress(ValueError, RecursionError, Refused):
-                ids.append(to_document({"_id": DECODER.decode(name)}).id)
+        for name in self.parameters("id"):  # of an event's own: 0, true, {"b":1}
+            with contextlib.suppress(Refused):
+                ids.append(parse_events(b'{"_id":%s}' % name, False).documents[0].id)
         query: dict[str, Any] = {"limit": int(limit), "sort": [("$natural", -1)]}
         if ids:
             query = {"filter": {"_id": {"$in": ids}}, "limit": 1}
@@ -1266,17 +1254,15 @@ class DemoHandler(Handler):
     def end_headers(self) -> None:
         """Lets demo.html read answers, opened as a file or from another port here."""
         origin = self.headers.get("origin", "")
-        host = re.fullmatch(r"https?://\[?([\w.:-]+?)\]?(:[0-9]+)?", origin, re.ASCII)
-        if origin == "null" or (host and is_loopback(host[1])):
+        if re.fullmatch(f"null|https?://{LOOPBACK}", origin):
             self.send_header("Access-Control-Allow-Origin", origin)
             self.send_header("Vary", "Origin")
         super().end_headers()
 
     def require_loopback(self) -> None:
         """Raises Refused (403) for another Host: DNS rebinding lets a site read."""
-        host = re.sub(r":[0-9]*\Z", "", self.headers.get("host", ""))
         proxied = {"forwarded", "x-forwarded-for", "via"} & self.headers.keys()
-        if proxied or not is_loopback(host.strip("[]")):
+        if proxied or not re.fullmatch(LOOPBACK, self.headers.get("host", "")):
             raise Refused(403, "the demo is served to this machine only")
 
 
@@ -1289,7 +1275,8 @@ class Server:
         self.date = formatdate(usegmt=True)
         self.stopping = False
         self.unauthorized = 0
-        self.worker = ThreadPoolExecutor(1)  # the interpreter has no use for a second
+        run = asyncio.get_running_loop().run_in_executor
+        self.in_thread = functools.partial(run, ThreadPoolExecutor(1))
         # When each came or last completed a request, in this order, also of the evicted.
         self.handlers: OrderedDict[Handler, float] = OrderedDict()
         self.bodies: dict[Handler, int] = {}  # bytes of those that come in parts
@@ -1316,14 +1303,13 @@ class Server:
             asyncio.get_running_loop().remove_reader(self._server.sockets[0])
             await asyncio.sleep(0.02)
         self._server.close()
-        while self.handlers and (now := time.monotonic()) < end:
+        while self.handlers:
+            now = time.monotonic()
             for handler, since in self.handlers.items():
                 # One that is new or was answered just now may have sent a request.
-                if handler.late is None and now - since > 0.5:
+                if now > end or (handler.late is None and now - since > 0.5):
                     handler.end(None)
             await asyncio.sleep(0.02)
-        for handler in self.handlers:
-            handler.end(None)
 
     def _connect(self, reader: StreamReader, writer: StreamWriter) -> None:
         writer.transport.set_write_buffer_limits(0)  # drain() is to wait for all
