@@ -893,27 +893,11 @@ READ_BYTES = 64 * KIB  # a body that is larger is worked on in a thread
 MAX_BODIES_BYTES = 32 * MIB  # of all bodies that have come in part
 SPARE_FILES = 64  # descriptors for MongoDB, the disk, the log, those who find no room
 
-# What is answered to who is ended.
+# What is answered to who is ended: see Handler.late.
 INCOMPLETE = 408, "the request was not complete in time"
 UNANSWERED = 503, "not stored in time"
 NO_ROOM = 503, "too many connections"
 NO_MEMORY = 503, "too many large bodies in flight"
-
-
-def parse_fields(lines: str) -> dict[str, str]:
-    """Returns fields, names in lower case, repeated ones joined. Raises Refused."""
-    if not FIELD_LINES.fullmatch(lines):
-        raise Refused(400, "malformed header field")
-    fields: dict[str, str] = {}
-    for name, value in FIELD.findall(lines):
-        name, value = name.lower(), value.strip(" \t")
-        if name in fields:
-            value = f"{fields[name]}, {value}"  # which no Host or Content-Length can be
-        fields[name] = value
-    for name, grammar in (("host", HOST), ("content-length", CONTENT_LENGTH)):
-        if not grammar.fullmatch(fields.get(name, "0")):
-            raise Refused(400, f"malformed {name}")
-    return fields
 
 
 def members(value: str) -> list[str]:
@@ -925,9 +909,9 @@ class Handler(BaseHTTPRequestHandler):
     """A connection is a coroutine, which writes answers by http.server's methods.
 
     ``command``, ``path`` (without the query), ``query``, ``headers`` are those of the
-    request in hand, ``unread`` the bytes of its body that have not come. After
-    ``deadline``, by the server's clock, the task is cancelled and answers ``late``, or
-    None closes without a word. One that is ``busy`` makes no room for others.
+    request in hand, ``unread`` its body's bytes, -1 if that may be without end. After
+    ``deadline``, by the server's clock, the task is cancelled and answers ``late``:
+    INCOMPLETE while a request comes, then UNANSWERED; None closes without a word.
     """
 
     protocol_version = "HTTP/1.1"
@@ -962,8 +946,6 @@ class Handler(BaseHTTPRequestHandler):
             await self.linger()
         except (OSError, asyncio.CancelledError):
             pass  # the client has gone, or has to go
-        except Exception:
-            log.exception("internal error")
         finally:
             del self.server.handlers[self]
             self.writer.transport.abort()
@@ -1005,10 +987,8 @@ class Handler(BaseHTTPRequestHandler):
     async def receive(self) -> None:
         """Adds what comes to the buffer. Raises Refused, between requests OSError."""
         data = await self.reader.read(READ_BYTES)
-        if not data and self.late:
-            raise Refused(400, "the request ends too early")
         if not data:
-            raise ConnectionError
+            raise Refused(400, "it ends too early") if self.late else ConnectionError()
         self.buffer += data
 
     async def read_head(self) -> None:
@@ -1040,7 +1020,17 @@ class Handler(BaseHTTPRequestHandler):
         self.request_version = version
         if len(head) > MAX_HEAD_BYTES or lines.count("\n") > MAX_FIELDS + 1:
             raise Refused(431, "request head too large")
-        self.headers = headers = parse_fields(lines)
+        if not FIELD_LINES.fullmatch(lines):
+            raise Refused(400, "malformed header field")
+        headers = self.headers
+        for name, value in FIELD.findall(lines):
+            name, value = name.lower(), value.strip(" \t")
+            if name in headers:  # a list, which no Host or Content-Length can be
+                value = f"{headers[name]}, {value}"
+            headers[name] = value
+        for name, grammar in (("host", HOST), ("content-length", CONTENT_LENGTH)):
+            if not grammar.fullmatch(headers.get(name, "0")):
+                raise Refused(400, f"malformed {name}")
         if "host" not in headers and version == "HTTP/1.1":
             raise Refused(400, "Host is missing")
         if host:  # RFC 9112 section 3.2.2
@@ -1061,7 +1051,7 @@ class Handler(BaseHTTPRequestHandler):
             self.enter(BODY_SECONDS + length / BODY_BYTES_PER_SECOND, INCOMPLETE)
             while len(self.buffer) < length:
                 await self.receive()
-                self.server.hold(self, len(self.buffer))
+                self.server.hold(self)
             self.enter(ANSWER_SECONDS, UNANSWERED)
         body = bytes(memoryview(self.buffer)[:length])
         del self.buffer[:length]
@@ -1070,25 +1060,25 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, status: int, value: Any, **headers: str) -> None:
         """Prepares an answer: bytes as they are, anything else as JSON."""
-        is_raw = isinstance(value, bytes)
-        payload = value if is_raw else ENCODER.encode(value).encode() + b"\n"
+        if not isinstance(value, bytes):
+            value = ENCODER.encode(value).encode() + b"\n"
         self.close_connection |= self.unread != 0 or self.server.stopping
         self.send_response_only(status)
         self.send_header("Date", self.server.date)
-        self.send_header("Content-Length", str(len(payload)))
+        self.send_header("Content-Length", str(len(value)))
         for name, text in ({"Content-Type": "application/json"} | headers).items():
             self.send_header(name, text)
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        elif self.request_version == "HTTP/1.0":
-            self.send_header("Connection", "keep-alive")
+        kept = "close" if self.close_connection else "keep-alive"
+        self.send_header("Connection", kept)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(payload)
+            self.wfile.write(value)
 
     def refuse(self, status: int, reason: str) -> None:
         self.server.unauthorized += status == 401
-        log.warning("refused: %d %s", status, words(reason))
+        lost = status == 413 and self.settings.public_secrets  # of which he knows one
+        report = log.error if lost else log.warning
+        report("refused: %d %s", status, words(reason))
         headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
         headers[405] = {"Allow": self.methods.get(self.path, "")}
         self.answer(status, {"error": reason[:1000]}, **headers.get(status, {}))
@@ -1107,7 +1097,9 @@ class Handler(BaseHTTPRequestHandler):
         """Takes events. Cheapest checks first, most before the body is read."""
         self.require_secret(self.settings.public_secrets)
         self.require_length()
-        self.limit_length()
+        most = self.settings.max_body_bytes
+        if self.unread > most:
+            raise Refused(413, f"{self.unread} bytes, RECEIVER_MAX_BODY_BYTES={most}")
         signature = self.headers.get("x-signature", "").lower()
         if not SIGNATURE.fullmatch(signature):
             raise Refused(401, "X-Signature is missing or not 40 hexadecimal digits")
@@ -1143,9 +1135,9 @@ class Handler(BaseHTTPRequestHandler):
     async def do_GET(self) -> None:
         """Says whether events can be kept; with the public secret, counters, too."""
         self.require_length()
-        storage, status = self.storage, "failing" if self.storage.failing else "ok"
-        mongodb = "up" if storage.reachable else "down"
-        value: dict[str, Any] = {"status": status, "mongodb": mongodb}
+        storage = self.storage
+        value: dict[str, Any] = {"status": "failing" if storage.failing else "ok"}
+        value["mongodb"] = "up" if storage.reachable else "down"
         with contextlib.suppress(Refused):
             self.require_secret(self.settings.public_secrets)
             value |= {**storage.counters, "unauthorized": self.server.unauthorized}
@@ -1173,15 +1165,6 @@ class Handler(BaseHTTPRequestHandler):
         """Raises Refused (411) for a body of unknown length."""
         if self.unread < 0:
             raise Refused(411, "send Content-Length, not Transfer-Encoding")
-
-    def limit_length(self) -> None:
-        """Raises Refused (413) for a large body."""
-        most = self.settings.max_body_bytes
-        if self.unread > most:
-            if self.settings.public_secrets:  # of which he knows one
-                said = "lost, as Segment gives up: %d bytes, RECEIVER_MAX_BODY_BYTES=%d"
-                log.error(said, self.unread, most)
-            raise Refused(413, f"the limit is {most} bytes")
 
     async def work(self, task: Callable[..., T], body: bytes, *more: Any) -> T:
         """Works on a body; on a large one, or a batch, in a thread, one by one."""
@@ -1232,8 +1215,7 @@ class DemoHandler(Handler):
         def find() -> str:
             with pymongo.timeout(INSERT_SECONDS):
                 events = self.storage.collection.with_options(AS_STORED)
-                relaxed = bson.json_util.RELAXED_JSON_OPTIONS
-                return bson.json_util.dumps(events.find(**query), json_options=relaxed)
+                return bson.json_util.dumps(events.find(**query))
 
         try:
             return (await self.storage.on_mongodb(find)).encode()
@@ -1246,7 +1228,6 @@ class DemoHandler(Handler):
         headers = {
             "Access-Control-Allow-Methods": "POST, PUT, PATCH",
             "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Signature",
-            "Access-Control-Max-Age": "600",
             "Access-Control-Allow-Private-Network": "true",
         }
         self.answer(200, {}, **headers)
@@ -1329,9 +1310,9 @@ class Server:
                 return handler.end(handler.late and NO_ROOM)
         newest.evicted = True
 
-    def hold(self, handler: Handler, size: int) -> None:
+    def hold(self, handler: Handler) -> None:
         """Counts what has come of a body; too much ends the one that began first."""
-        self.bodies[handler] = size
+        self.bodies[handler] = len(handler.buffer)
         most = max(MAX_BODIES_BYTES, self.settings.max_body_bytes)
         while sum(self.bodies.values()) > most:
             first = next(each for each in self.bodies if each.late is not UNANSWERED)
@@ -1356,10 +1337,9 @@ class Server:
             self.date = formatdate(usegmt=True)
             mongod.report_end()
             if not self.storage.wedged:
-                counts = self.storage.counters
-                up = "up" if self.storage.reachable else "down"
+                counts, up = self.storage.counters, self.storage.reachable
                 status = f"{counts['stored']} stored, {counts['spooled']} spooled"
-                notify(f"WATCHDOG=1\nSTATUS={status}, MongoDB {up}")
+                notify(f"WATCHDOG=1\nSTATUS={status}, MongoDB {'up' if up else 'down'}")
 
     def show(self, results: Sequence[str], documents: Sequence[Document]) -> None:
         """Shows each event to somebody who watches a terminal."""
