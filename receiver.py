@@ -874,7 +874,7 @@ FIELD_LINES = re.compile(rf"(?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n")
 FIELD = re.compile("([^:]+):(.*)\r\n")
 HOST = re.compile(f"(?:{AUTHORITY})?")
 CONTENT_LENGTH = re.compile("[0-9]{1,19}")
-METHOD_START = re.compile(TOKEN.encode())
+METHOD_START = re.compile(f"{TOKEN}?".encode())
 HEAD_END = re.compile(rb"\n\r?\n")  # who sends bare LF is refused at once, too
 SIGNATURE = re.compile("[0-9a-f]{40}")
 MAX_TARGET_BYTES = 8 * KIB
@@ -888,8 +888,8 @@ HEAD_SECONDS = BODY_SECONDS = SEND_SECONDS = LINGER_SECONDS = 10.0
 BODY_BYTES_PER_SECOND = 100_000
 ANSWER_SECONDS = 4.0  # Segment waits five; two looks and the way there take the rest
 LOOK_SECONDS = 0.25
-GRACE_SECONDS = 1.0  # so long after it came or was answered a connection makes no room
-READ_BYTES = 64 * KIB  # a body that is larger is worked on in a thread
+GRACE_SECONDS = 1.0  # after it came or was answered its request may be on its way
+READ_BYTES = 64 * KIB
 MAX_BODIES_BYTES = 32 * MIB  # of all bodies that have come in part
 SPARE_FILES = 64  # descriptors for MongoDB, the disk, the log, those who find no room
 
@@ -897,7 +897,6 @@ SPARE_FILES = 64  # descriptors for MongoDB, the disk, the log, those who find n
 INCOMPLETE = 408, "the request was not complete in time"
 UNANSWERED = 503, "not stored in time"
 NO_ROOM = 503, "too many connections"
-NO_MEMORY = 503, "too many large bodies in flight"
 
 
 def members(value: str) -> list[str]:
@@ -914,7 +913,7 @@ class Handler(BaseHTTPRequestHandler):
     INCOMPLETE while a request comes, then UNANSWERED; None closes without a word.
     """
 
-    protocol_version = "HTTP/1.1"
+    protocol_version = request_version = "HTTP/1.1"
     server: Server  # type: ignore[assignment]
     headers: dict[str, str]  # type: ignore[assignment]
     wfile: BytesIO
@@ -939,13 +938,12 @@ class Handler(BaseHTTPRequestHandler):
 
     async def handle(self) -> None:  # type: ignore[override]
         try:
-            while not self.close_connection:
-                await self.handle_one_request()
-                if self.buffer:  # a pipelined request: first it is the others' turn
-                    await asyncio.sleep(0)
-            await self.linger()
-        except (OSError, asyncio.CancelledError):
-            pass  # the client has gone, or has to go
+            with contextlib.suppress(OSError, asyncio.CancelledError):
+                while not self.close_connection:
+                    await self.handle_one_request()
+                    if self.buffer:  # a pipelined request: first it is the others' turn
+                        await asyncio.sleep(0)
+                await self.linger()
         finally:
             del self.server.handlers[self]
             self.writer.transport.abort()
@@ -953,8 +951,7 @@ class Handler(BaseHTTPRequestHandler):
     async def handle_one_request(self) -> None:  # type: ignore[override]
         """Reads a request and answers it. Raises OSError when the client has gone."""
         self.wfile = BytesIO()
-        self.command, self.path, self.request_version = "", "", "HTTP/1.1"
-        self.headers, self.unread = {}, -1
+        self.command, self.path, self.headers, self.unread = "", "", {}, -1
         try:
             if self.evicted:  # before it began
                 raise Refused(*NO_ROOM)
@@ -964,7 +961,8 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(404, "not found")
             if self.command not in self.methods[self.path].split(", "):
                 raise Refused(405, "method not allowed")
-            await getattr(self, f"do_{self.command}")()
+            method = "GET" if self.command == "HEAD" else self.command
+            await getattr(self, f"do_{method}")()
         except Refused as refused:
             self.refuse(refused.status, refused.reason)
         except asyncio.CancelledError:
@@ -1022,25 +1020,24 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(431, "request head too large")
         if not FIELD_LINES.fullmatch(lines):
             raise Refused(400, "malformed header field")
-        headers = self.headers
         for name, value in FIELD.findall(lines):
             name, value = name.lower(), value.strip(" \t")
-            if name in headers:  # a list, which no Host or Content-Length can be
-                value = f"{headers[name]}, {value}"
-            headers[name] = value
+            if name in self.headers:  # a list, which no Host or Content-Length can be
+                value = f"{self.headers[name]}, {value}"
+            self.headers[name] = value
         for name, grammar in (("host", HOST), ("content-length", CONTENT_LENGTH)):
-            if not grammar.fullmatch(headers.get(name, "0")):
+            if not grammar.fullmatch(self.headers.get(name, "0")):
                 raise Refused(400, f"malformed {name}")
-        if "host" not in headers and version == "HTTP/1.1":
+        if "host" not in self.headers and version == "HTTP/1.1":
             raise Refused(400, "Host is missing")
         if host:  # RFC 9112 section 3.2.2
-            headers["host"] = host
-        options = members(headers.get("connection", ""))
+            self.headers["host"] = host
+        options = members(self.headers.get("connection", ""))
         wanted = version == "HTTP/1.1" or "keep-alive" in options
         self.close_connection = "close" in options or not wanted
-        if "transfer-encoding" not in headers:
+        if "transfer-encoding" not in self.headers:
             default = 0 if self.command in ("GET", "HEAD") else -1
-            self.unread = int(headers.get("content-length", default))
+            self.unread = int(self.headers.get("content-length", default))
 
     async def read_body(self) -> bytes:
         length = self.unread
@@ -1062,7 +1059,8 @@ class Handler(BaseHTTPRequestHandler):
         """Prepares an answer: bytes as they are, anything else as JSON."""
         if not isinstance(value, bytes):
             value = ENCODER.encode(value).encode() + b"\n"
-        self.close_connection |= self.unread != 0 or self.server.stopping
+        stopping = not self.server.accepting.is_serving()
+        self.close_connection |= self.unread != 0 or stopping
         self.send_response_only(status)
         self.send_header("Date", self.server.date)
         self.send_header("Content-Length", str(len(value)))
@@ -1075,7 +1073,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(value)
 
     def refuse(self, status: int, reason: str) -> None:
-        self.server.unauthorized += status == 401
+        self.storage.counters["unauthorized"] += status == 401
         lost = status == 413 and self.settings.public_secrets  # of which he knows one
         report = log.error if lost else log.warning
         report("refused: %d %s", status, words(reason))
@@ -1140,11 +1138,8 @@ class Handler(BaseHTTPRequestHandler):
         value["mongodb"] = "up" if storage.reachable else "down"
         with contextlib.suppress(Refused):
             self.require_secret(self.settings.public_secrets)
-            value |= {**storage.counters, "unauthorized": self.server.unauthorized}
-            value["spool_files"] = storage.disk.files
+            value |= {**storage.counters, "spool_files": storage.disk.files}
         self.answer(503 if storage.failing else 200, value)
-
-    do_HEAD = do_GET
 
     def parameters(self, name: str) -> list[bytes]:
         """Returns the query's values of that name; "+" is a plus, not a space."""
@@ -1162,7 +1157,6 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(401, "public secret missing, wrong, or given twice")
 
     def require_length(self) -> None:
-        """Raises Refused (411) for a body of unknown length."""
         if self.unread < 0:
             raise Refused(411, "send Content-Length, not Transfer-Encoding")
 
@@ -1194,8 +1188,6 @@ class DemoHandler(Handler):
         headers = {"Content-Type": "text/html; charset=utf-8"}
         headers["Content-Security-Policy"] = "frame-ancestors 'none'"
         self.answer(200, page, **headers)
-
-    do_HEAD = do_GET
 
     async def find(self) -> bytes:
         """Returns the newest documents, or one, as Extended JSON. Raises Refused."""
@@ -1254,8 +1246,7 @@ class Server:
         self.settings, self.storage = settings, storage
         self.clock = 0.0  # seconds, without pauses: see watch
         self.date = formatdate(usegmt=True)
-        self.stopping = False
-        self.unauthorized = 0
+        storage.counters["unauthorized"] = 0
         run = asyncio.get_running_loop().run_in_executor
         self.in_thread = functools.partial(run, ThreadPoolExecutor(1))
         # When each came or last completed a request, in this order, also of the evicted.
@@ -1271,24 +1262,22 @@ class Server:
                 self._most = max(files - SPARE_FILES, files // 4)
                 log.warning("%d connections at most: ulimit -n %d", self._most, files)
         # asyncio's backlog is also how many it accepts at once.
-        accepting = asyncio.start_server(self._connect, sock=listener, backlog=4)
-        self._server = await accepting
+        start = asyncio.start_server
+        self.accepting = await start(self._connect, sock=listener, backlog=4)
         listener.listen(1024)
 
     async def stop(self, seconds: float) -> None:
         """Stops accepting, finishes the requests in hand, ends other connections."""
-        self.stopping = True
         end = time.monotonic() + seconds
         if sys.platform != "win32":
             # close() drops those that asyncio has accepted and not yet handed over.
-            asyncio.get_running_loop().remove_reader(self._server.sockets[0])
+            asyncio.get_running_loop().remove_reader(self.accepting.sockets[0])
             await asyncio.sleep(0.02)
-        self._server.close()
+        self.accepting.close()
         while self.handlers:
             now = time.monotonic()
             for handler, since in self.handlers.items():
-                # One that is new or was answered just now may have sent a request.
-                if now > end or (handler.late is None and now - since > 0.5):
+                if now > end or (handler.late is None and now - since > GRACE_SECONDS):
                     handler.end(None)
             await asyncio.sleep(0.02)
 
@@ -1302,7 +1291,7 @@ class Server:
 
     def _make_room(self, newest: Handler) -> None:
         """Ends the connection that waits longest, or the newest if no other may go."""
-        recently = time.monotonic() - GRACE_SECONDS  # its request may be on its way
+        recently = time.monotonic() - GRACE_SECONDS
         for handler, since in self.handlers.items():
             if not (handler.late is UNANSWERED or handler.evicted or since > recently):
                 handler.evicted = True
@@ -1317,7 +1306,7 @@ class Server:
         while sum(self.bodies.values()) > most:
             first = next(each for each in self.bodies if each.late is not UNANSWERED)
             del self.bodies[first]
-            first.end(NO_MEMORY)  # its next wait, if it is this one
+            first.end((503, "too many large bodies in flight"))
 
     async def watch(self, mongod: EmbeddedMongoDB) -> None:
         """Looks a few times a second who is late, and does what else is due."""
@@ -1325,8 +1314,7 @@ class Server:
         looked = time.monotonic()
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            # After a pause of the process, what came meanwhile has to be read before
-            # anybody is late: so a pause counts for little, and one look is not enough.
+            # A pause of the process counts for little: what came has to be read first.
             now = time.monotonic()
             self.clock += min(now - looked, 0.5)
             looked = now
