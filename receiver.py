@@ -1059,15 +1059,16 @@ class Handler(BaseHTTPRequestHandler):
         """Prepares an answer: bytes as they are, anything else as JSON."""
         if not isinstance(value, bytes):
             value = ENCODER.encode(value).encode() + b"\n"
-        stopping = not self.server.accepting.is_serving()
-        self.close_connection |= self.unread != 0 or stopping
+        self.close_connection |= self.unread != 0 or not self.server.inner.is_serving()
         self.send_response_only(status)
         self.send_header("Date", self.server.date)
         self.send_header("Content-Length", str(len(value)))
         for name, text in ({"Content-Type": "application/json"} | headers).items():
             self.send_header(name, text)
-        kept = "close" if self.close_connection else "keep-alive"
-        self.send_header("Connection", kept)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        elif self.request_version == "HTTP/1.0":
+            self.send_header("Connection", "keep-alive")
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(value)
@@ -1262,8 +1263,7 @@ class Server:
                 self._most = max(files - SPARE_FILES, files // 4)
                 log.warning("%d connections at most: ulimit -n %d", self._most, files)
         # asyncio's backlog is also how many it accepts at once.
-        start = asyncio.start_server
-        self.accepting = await start(self._connect, sock=listener, backlog=4)
+        self.inner = await asyncio.start_server(self._connect, sock=listener, backlog=4)
         listener.listen(1024)
 
     async def stop(self, seconds: float) -> None:
@@ -1271,9 +1271,9 @@ class Server:
         end = time.monotonic() + seconds
         if sys.platform != "win32":
             # close() drops those that asyncio has accepted and not yet handed over.
-            asyncio.get_running_loop().remove_reader(self.accepting.sockets[0])
+            asyncio.get_running_loop().remove_reader(self.inner.sockets[0])
             await asyncio.sleep(0.02)
-        self.accepting.close()
+        self.inner.close()
         while self.handlers:
             now = time.monotonic()
             for handler, since in self.handlers.items():
