@@ -863,7 +863,8 @@ class Storage:
 
 # RFC 9110 section 5.6.2, RFC 9112 sections 3 and 5, without obs-fold, bare CR and LF:
 # what two parsers could read in two ways is refused. Text is Latin-1: a byte each.
-TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+TCHAR = "[!#$%&'*+.^_`|~0-9A-Za-z-]"
+TOKEN = f"{TCHAR}+"
 AUTHORITY = r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]+"
 LOOPBACK = r"(?i:localhost|127(?:\.[0-9]+){3}|\[::1\])(?::[0-9]*)?"
 REQUEST_LINE = re.compile(
@@ -874,7 +875,7 @@ FIELD_LINES = re.compile(rf"(?:{TOKEN}:[\t\x20-\x7e\x80-\xff]*\r\n)*\r\n")
 FIELD = re.compile("([^:]+):(.*)\r\n")
 HOST = re.compile(f"(?:{AUTHORITY})?")
 CONTENT_LENGTH = re.compile("[0-9]{1,19}")
-METHOD_START = re.compile(f"{TOKEN}?".encode())
+METHOD_START = re.compile(TCHAR.encode())
 HEAD_END = re.compile(rb"\n\r?\n")  # who sends bare LF is refused at once, too
 SIGNATURE = re.compile("[0-9a-f]{40}")
 MAX_TARGET_BYTES = 8 * KIB
