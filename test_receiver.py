@@ -1558,7 +1558,8 @@ def test_filling_the_disk_is_503_and_loses_nothing(
     """It ends without a restart, also while MongoDB is away and nobody sends."""
     disk, aside = tmp_path / "disk", tmp_path / "aside.bson"
     spool, sent = disk / "spool", []
-    options = {"command": hurried(**QUICK), "RECEIVER_DATA_DIR": str(disk)}
+    quick = QUICK | {"PIECE_SECONDS": 0.1, "PIECE_BYTES_PER_SECOND": 1_000_000}
+    options = {"command": hurried(**quick), "RECEIVER_DATA_DIR": str(disk)}
     if full == "the spool":
         options["RECEIVER_MAX_SPOOL_BYTES"] = "20000"
     with small_disk(disk) if full == "the disk" else contextlib.nullcontext():
@@ -1576,6 +1577,7 @@ def test_filling_the_disk_is_503_and_loses_nothing(
         assert post().status == 202
         wait_until(lambda: post().status == 503)
         assert post().headers["Retry-After"]
+        time.sleep(0.4)  # in which it tries the disk some times
         health = receiver.get("/health")
         assert health.status == 503
         assert health.json == {"status": "failing", "mongodb": "down"}
