@@ -1659,8 +1659,9 @@ SIGNATURE = f"X-Signature: {sign(STOLEN.encode())}"
 UNSIGNED = "X-Signature: " + "0" * 40
 GET_HEALTH = "GET /health HTTP/1.1"
 HEALTH = message(GET_HEALTH, HOST)
+LOCAL = "Host: localhost"
 LIMIT = 16 << 20
-CHUNKED = "5\r\nhello\r\n0\r\n\r\n" + HEALTH.decode()
+LONGEST = "X: " + "x" * (32 * 1024 - len(HEALTH) - 1)  # makes its head 32 KiB long
 
 
 def post(*fields: str, body: str = STOLEN, signature: str = SIGNATURE) -> bytes:
@@ -1672,177 +1673,118 @@ def get(*fields: str, target: str = "/health", body: str = "") -> bytes:
     return message(f"GET {target} HTTP/1.1", HOST, *fields, body=body)
 
 
-def field_of(size: int, *before: str) -> str:
-    """Returns the field line that makes a head of GET /health so many bytes long."""
-    return "X: " + "x" * (size - len("\r\n".join((GET_HEALTH, HOST, *before, "X: "))))
-
-
-# Each is answered once and the connection closed: a good request that follows in the same
-# bytes is not read, since nobody can tell where it begins.
-CLOSING: list[tuple[int, bytes]] = [
+# The status of each request, and how many good ones that follow in the same bytes are
+# answered: none where nobody can tell where they begin. Names say what a request has.
+REQUESTS: dict[str, tuple[int, int, list[bytes]]] = {
     # The request line: RFC 9112 section 3
-    *((400, message(line, HOST)) for line in (
-        *(f"GET /health{rest}" for rest in (" HTTP/0.9", " HTTP/2.0", " HTTP/1.10", " HTTP/1", " HTTP/1,1", " http/1.1",
-            " HTTP/1.\xb9", " ", "", "\tHTTP/1.1", "  HTTP/1.1", " HTTP/1.1 ", "\0 HTTP/1.1")),
-        *(f"GET {target} HTTP/1.1" for target in ("/hea lth", "/hea\x01", "/hea\x7f", "/h\xc3\xa4", "health", " /health", "\t/health",
-            "http:///health", "http://u@a/health", "http://a b/health")),
-        *(f"{method}/health HTTP/1.1" for method in ("", " GET ", "G(T ", "GE\0T ", "\x1b[31mGET ")),
-        "CONNECT a:443 HTTP/1.1", "OPTIONS * HTTP/1.1")),
-    (400, b"GET /health\r\n\r\n"), (400, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), (400, b"EHLO a\r\n"),
-    (400, bytes.fromhex("16030100c8010000c40303") + b"\xaa" * 189),  # a TLS client
-    (400, b"\r\n\r\n\r\n"), (400, b"\r\n\r\n" + HEALTH),
-    # Line ends: section 2.2
-    (400, HEALTH.replace(b"\r\n", b"\n")), (400, HEALTH.replace(b"\r\n", b"\r")), (400, HEALTH[:-2] + b"\n"),
-    (400, HEALTH.replace(b"\r\n", b"\n", 1)), (400, HEALTH[:-4] + b"\n\r\n"),
-    # Fields: section 5, obsolete folding among them
-    *((400, get(*fields)) for fields in (
-        ("X: a\rb",), ("X: a\nContent-Length: 5",), ("X: a\r",), ("X\rY: a",), ("X: a", " b"), ("X: a", "\tb"), ("X : a",), ("X\t: a",),
-        (": a",), ("X",), ("X Y: a",), ("X(Y): a",), ("X\xe4: a",), ("X\0: a",), ("X: a\0b",), ("X: a\x0bb",), ("X: a\x7fb",))),
-    (400, message(GET_HEALTH, " X: a", HOST)),
-    # Host: section 3.2
-    *((400, message(GET_HEALTH, *hosts)) for hosts in (
-        ("X: a",), (HOST, "Host: b"), (HOST, HOST), (HOST, "Host:"), ("Host:", "Host:"), ("Host: a, b",), ("Host: a b",), ("Host: a/b",),
-        ("Host: a@b",), ("Host: \xe4",))),
-    # Content-Length: section 6.3; Python's int() reads 5_0
-    *((400, post(f"Content-Length: {value}")) for value in (
-        "+5", "-1", "-0", "0x5", "0o5", "5,5", "5, 5", "5 5", "5;", "5_0", "5.0", "1e3", '"5"', "5\0", "\xd9\xa5", "\xb2", "", "\t ", "five",
-        "36893488147419103232", "9" * 4500)),
-    *((400, post(*fields)) for fields in (
-        (LENGTH, LENGTH), (LENGTH, "Content-Length: 0"), (LENGTH, "Content-Length:"), ("Content-Length : 5",), ("Content-Length:", " 5"))),
-    (400, get("Content-Length: 0", "Content-Length: 9")), (411, post()), (411, post("Content_Length: 5")),
-    (413, post("Content-Length: 9223372036854775807")), (413, post(f"Content-Length: {LIMIT + 1}")),
-    # Smuggling: Transfer-Encoding in any form, with and without a length
-    *((411, post(LENGTH, f"Transfer-Encoding:{value}")) for value in (
-        " chunked", "chunked", "\tchunked", "   chunked  ", "", " identity", " xchunked", " chunked, identity", ' "chunked"', " \x85chunked")),
-    *((411, post(*fields, body=CHUNKED)) for fields in (
-        ("Transfer-Encoding: chunked",), ("Transfer-Encoding: gzip, chunked",), (LENGTH, "TRANSFER-ENCODING: CHUNKED"),
-        ("Transfer-Encoding: chunked", "Content-Length: 5"), ("Content-Length: 0", "Transfer-Encoding: chunked"),
-        ("Transfer-Encoding: chunked", "Transfer-Encoding: x", LENGTH), ("Transfer-encoding: x", "Transfer-Encoding: chunked"))),
-    (411, message(POST[:-1] + "0", SIGNATURE, LENGTH, "Transfer-Encoding: chunked")), (411, get("Transfer-Encoding: chunked", body=CHUNKED)),
-    *((400, post(LENGTH, *fields)) for fields in (
-        ("Transfer-Encoding : chunked",), (" Transfer-Encoding: chunked",), ("X: a", " Transfer-Encoding: chunked"),
-        ("Transfer-Encoding:", " chunked"), ("Transfer-Encoding:\x0bchunked",), ("Transfer-Encoding\0: chunked",),
-        ("X: a\nTransfer-Encoding: chunked",), ("X: a\rTransfer-Encoding: chunked",))),
-    # Smuggling: a body where a route expects none
-    (200, get(f"Content-Length: {len(HEALTH)}", body=HEALTH.decode())), (404, message("POST / HTTP/1.1", HOST, LENGTH, body=STOLEN)),
-    (405, message("POST /health HTTP/1.1", HOST, LENGTH, body=STOLEN)), (405, message(f"DELETE {TARGET} HTTP/1.1", HOST, LENGTH)),
-    *((405, message(line + " HTTP/1.1", HOST)) for line in ("POST /health", "DELETE /health", "OPTIONS /webhook", "DELETE /webhook/")),
-    # Limits
-    *((414, get(target=target)) for target in ("/health?" + "x" * 8186, "/" + "x" * 30_000)), (414, b"GET /" + b"x" * 60_000),
-    *((431, get(*fields)) for fields in ([field_of(32 * 1024 + 1)], [field_of(60_000)], ["X: a"] * 100, ["X: a"] * 5000)),
-    (431, get("X: " + "x" * 60_000)[:-4]),
-    # The order of the checks: path, method, public secret, length, shape of the signature
-    (404, message("PUT /nowhere HTTP/1.1", HOST, "Transfer-Encoding: x")), (404, message(POST.replace("w", "%77", 1), HOST, LENGTH)),
-    (405, message("DELETE /webhook HTTP/1.1", HOST, LENGTH)), (405, message(POST.replace("POST", "post"), HOST, LENGTH)),
-    *((401, message(f"POST /webhook{query} HTTP/1.1", HOST, *fields)) for query in ("", "?secret=x", "?secret=private-query", QUERY + "&secret=")
-      for fields in ((), ("Transfer-Encoding: x",), ("Content-Length: 999999999",))),
-    (411, message(POST, HOST)), (413, message(POST, HOST, f"Content-Length: {LIMIT + 1}")),
-    *((401, message(POST, HOST, f"Content-Length: {LIMIT}", *fields)) for fields in (
-        (), ("X-Signature:",), (SIGNATURE[:-1],), (SIGNATURE + "0",), (SIGNATURE, SIGNATURE), (SIGNATURE[:-1] + "\xe4",),
-        (SIGNATURE.replace(": ", ": sha1="),))),
-    # Connections that the client does not want to keep
-    *((200, get(f"Connection: {value}")) for value in ("close", "Keep-Alive, CLOSE", "keep-alive,\tclose\t,x", "\tclose ,")),
-    (200, message("GET /health HTTP/1.0")),
-]  # fmt: skip
+    "a version but 1.0 and 1.1": (400, 0, [message("GET /health" + version, HOST) for version in (
+        "", " ", " HTTP/2.0", " HTTP/1", " HTTP/1.10", " HTTP/1,1", " http/1.1", "\0 HTTP/1.1")]),
+    "white space in the line": (400, 0, [message(line, HOST) for line in (
+        "GET\t/health HTTP/1.1", "GET  /health HTTP/1.1", "GET /health\tHTTP/1.1", "GET /health HTTP/1.1 ", " GET /health HTTP/1.1")]),
+    "a target that is no URL": (400, 0, [get(target=target) for target in (
+        "/hea lth", "/hea\x01", "/hea\x7f", "/h\xc3\xa4", "health", "*", "a:443", "http:///health", "http://u@a/health", "http://a b/health")]),
+    "a method that is no token": (400, 0, [message(f"{method}/health HTTP/1.1", HOST) for method in ("", "G(T ", "GE\0T ", "\x1b[31mGET ")]),
+    "two empty lines before it": (400, 0, [b"\r\n\r\n" + HEALTH]),
+    # Line ends and fields: sections 2.2 and 5
+    "a line's end but CRLF": (400, 0, [HEALTH.replace(b"\r\n", b"\n"), HEALTH.replace(b"\r\n", b"\r"), HEALTH.replace(b"\r\n", b"\n", 1),
+        HEALTH[:-2] + b"\n", HEALTH[:-4] + b"\n\r\n"]),
+    "a folded field": (400, 0, [get("X: a", " Y: b"), get("X: a", "\tb"), message(GET_HEALTH, " X: a", HOST)]),
+    "a field's name that is no token": (400, 0, [get(name) for name in (
+        "X : a", "X\t: a", ": a", "X", "X Y: a", "X(Y): a", "X\xe4: a", "X\0: a", "X\rY: a")]),
+    "a field with a control character": (400, 0, [get(f"X: a{character}Y: b") for character in "\0\n\r\x0b\x7f"] + [get("X: a\r")]),
+    "a host that is none, or two": (400, 0, [message(GET_HEALTH, *hosts) for hosts in (
+        (), (HOST, HOST), (HOST, "Host:"), ("Host: a b",), ("Host: a/b",), ("Host: a@b",), ("Host: \xe4",))]),
+    # The length: section 6.3; Python's int() reads 5_0
+    "a length that is no number": (400, 0, [post(f"Content-Length: {value}") for value in (
+        "+5", "-1", "0x5", "5,5", "5 5", "5;", "\x855", "5_0", "5.0", '"5"', "\xb2", "", "36893488147419103232", "9" * 4500)]),
+    "two lengths": (400, 0, [post(LENGTH, second) for second in (LENGTH, "Content-Length: 0", "Content-Length:")]),
+    "no length": (411, 0, [post(), post("Content_Length: 5"), message(POST, HOST)]),
+    "a length over the limit": (413, 0, [post(f"Content-Length: {LIMIT + 1}"), message(POST, HOST, "Content-Length: 9223372036854775807")]),
+    # Smuggling: Transfer-Encoding in any form, a body where a route expects none
+    "any encoding": (411, 0, [*(post(LENGTH, f"Transfer-Encoding:{value}") for value in (
+        " chunked", "CHUNKED", " xchunked", " chunked, identity", " identity", "")), post("TRANSFER-ENCODING: chunked"),
+        message(POST[:-1] + "0", HOST, LENGTH, "Transfer-Encoding: chunked"), get("Transfer-Encoding: chunked", body="0\r\n\r\n")]),
+    "an encoding in disguise": (400, 0, [post(LENGTH, *fields) for fields in (
+        ("Transfer-Encoding : chunked",), (" Transfer-Encoding: chunked",), ("Transfer-Encoding:", " chunked"),
+        ("Transfer-Encoding\0: chunked",), ("X: a\nTransfer-Encoding: chunked",), ("X: a\rTransfer-Encoding: chunked",))]),
+    "a body of GET": (200, 0, [get(f"Content-Length: {len(HEALTH)}", body=HEALTH.decode())]),
+    # The order of the checks before a body is read: path, method, public secret, length, shape of the signature
+    "another path": (404, 0, [message(f"{line} HTTP/1.1", HOST, "Transfer-Encoding: x", LENGTH) for line in ("DELETE /", "PUT /%77ebhook")]),
+    "another method": (405, 0, [message(f"{line} HTTP/1.1", HOST, LENGTH, body=body) for body in ("", STOLEN) for line in (
+        "POST /health", "DELETE /health", "DELETE /webhook", "OPTIONS /webhook/", "post " + TARGET)]),
+    "another public secret": (401, 0, [message(f"POST /webhook{query} HTTP/1.1", HOST, field) for query in ("", "?secret=private-query")
+        for field in ("Transfer-Encoding: x", "Content-Length: 999999999")]),
+    "no signature": (401, 0, [message(POST, HOST, f"Content-Length: {LIMIT}", *fields) for fields in (
+        (), (SIGNATURE[:-1],), (SIGNATURE + "0",), (SIGNATURE, SIGNATURE), ("Expect: 100-continue",))]),
+    "a target over 8 KiB": (414, 0, [get(target="/health?" + "x" * 8185), b"GET /" + b"x" * 60_000]),
+    "a head over 32 KiB or 100 fields": (431, 0, [get(LONGEST + "x"), get(*["X: a"] * 100), get("X: " + "x" * 60_000)[:-4]]),
+    "a client that ends it": (200, 0, [get("Connection: close"), get("Connection: Keep-Alive,\tCLOSE ,x"), message("GET /health HTTP/1.0")]),
+    # Those after which the connection is kept
+    "an empty line before it": (200, 1, [b"\r\n" + HEALTH]),
+    "hosts": (200, 1, [message(GET_HEALTH, host) for host in ("Host:", "Host: [::1]:8080")]),
+    "any value of a field": (200, 1, [get(field) for field in ("X: \xe4\xff", "X: \t a b \t ", "X:", "Content-Length: 0")]),
+    "absolute targets": (200, 1, [get(target=target) for target in ("http://example.com/health", "HTTPS://example.com:8080/health?a")]),
+    "all that is not too long": (200, 1, [get(target="/health?" + "x" * 8184), get(LONGEST), get(*["X: a"] * 99)]),
+    "HTTP/1.0": (200, 1, [message("GET /health HTTP/1.0", f"Connection: {value}") for value in ("keep-alive", "x,\tKeep-Alive")]),
+    "five hundred at once": (200, 500, [HEALTH * 500]),
+    "a body": (401, 1, [post(*fields, body=body, signature=UNSIGNED) for *fields, body in (
+        ("Content-Length:40", STOLEN), ("Content-Length: \t00040 \t", STOLEN), ("Content-Length: 0", ""),
+        (LENGTH, "Expect: 100-continue", STOLEN), (f"Content-Length: {len(HEALTH)}", HEALTH.decode()))]),
+    "other paths": (404, 1, [get(target=target) for target in ("/", "/demo.html", "/events" + QUERY, "/webhook//", "/WEBHOOK")]),
+    "other methods": (405, 1, [get(target=target) for target in ("/webhook", "/webhook/", "http://a" + TARGET)]),
+}  # fmt: skip
 
 
-# Each is answered with these statuses, and then the connection serves another request.
-KEPT: list[tuple[list[int], bytes]] = [
-    *(([200], request) for request in (
-        b"\r\n" + HEALTH, message(GET_HEALTH, "Host:"), message(GET_HEALTH, "Host: [::1]:8080"), get("X: \xe4\xff"), get("X: \t a b \t "),
-        get("X:"), get("Content-Length: 0"), get(target="http://example.com/health"), get(target="HTTPS://example.com:8080/health?a"),
-        get(target="/health?" + "x" * (8192 - 8)), get(field_of(32 * 1024)), get(*["X: a"] * 99),
-        message("GET /health HTTP/1.0", "Connection: keep-alive"), message("GET /health HTTP/1.0", "Connection: x,\tKeep-Alive"))),
-    ([200, 200], HEALTH + b"\r\n" + HEALTH), ([200] * 500, HEALTH * 500),
-    ([401, 200, 401], post(LENGTH, signature=UNSIGNED) + HEALTH + post(LENGTH, signature=UNSIGNED)),
-    ([401], post(f"Content-Length: {len(HEALTH)}", signature=UNSIGNED, body=HEALTH.decode())),  # a body that is a request
-    *(([401], post(f"Content-Length:{value}", signature=UNSIGNED)) for value in ("40", " 00040", "  40", "\t40", " 40 \t")),
-    ([401], post("Content-Length: 0", signature=UNSIGNED, body="")),
-    *(([404], get(target=target)) for target in ("/", "/demo.html", "/events" + QUERY, "/webhook//", "/WEBHOOK", "http://example.com/")),
-    *(([405], get(target=target)) for target in ("/webhook", TARGET, "/webhook/", "http://a" + TARGET)),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("status", "request_"), CLOSING, ids=lambda v: str(v)[:99])
-def test_is_answered_once(receiver: Receiver, status: int, request_: bytes) -> None:
-    head, _, _ = request_.partition(b"\r\n\r\n")
-    ends = b"Content-Length: " in head and b"X: a" not in head
-    for request in [request_ + HEALTH] + [head + b"\r\n\r\n"] * ends:  # or no body
-        [answer] = receiver.raw(request)
-        assert answer.status == status
-        assert answer.headers["Connection"] == "close"
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_request_is_answered(receiver: Receiver, name: str) -> None:
+    status, followers, requests = REQUESTS[name]
+    for request in requests:
+        answer, *others = receiver.raw(request + get("Connection: close"))
+        assert answer.status == status, request[:200]
+        assert [other.status for other in others] == [200] * followers, request[:200]
+        assert (answer.headers.get("Connection") == "close") == (followers == 0)
         assert answer.headers["Content-Type"] == "application/json"
         assert ("error" in answer.json) == (status != 200)
         assert ("WWW-Authenticate" in answer.headers) == (status == 401)
-        allow = "GET, HEAD" if b" /health" in head else "PATCH, POST, PUT"
+        allow = "GET, HEAD" if b" /health" in request else "PATCH, POST, PUT"
         assert answer.headers.get("Allow") == (allow if status == 405 else None)
 
 
-@pytest.mark.parametrize(("statuses", "request_"), KEPT, ids=lambda v: str(v)[:99])
-def test_is_kept(receiver: Receiver, statuses: list[int], request_: bytes) -> None:
-    *answers, last = receiver.raw(request_ + get("Connection: close"))
-    assert [answer.status for answer in answers] == statuses
-    assert last.status == 200
-    assert not any(answer.headers.get("Connection") == "close" for answer in answers)
-
-
-@pytest.mark.parametrize("target", ["/health", "/health" + QUERY, "/", "/webhook"])
-def test_head_is_answered_like_get_without_a_body(receiver: Receiver, target: str) -> None:  # fmt: skip
-    with receiver.connect() as client:
-        client.sendall(message(f"HEAD {target} HTTP/1.1", HOST))
-        client.sendall(get("Connection: close", target=target))
-        received = b"".join(iter(lambda: client.recv(1 << 16), b""))
-    head, _, rest = received.partition(b"\r\n\r\n")
-    [answer] = parse_answers(rest)
-    assert head[9:12] == b"%d" % answer.status and b"Content-Length: " in head
-    assert (b"Allow: " in head) == (answer.status == 405)
+@pytest.mark.parametrize("target", ["/health" + QUERY, TARGET, "/", "/events" + QUERY])
+def test_head_is_answered_like_get_without_a_body(
+    receiver: Receiver, demo_receiver: Receiver, target: str
+) -> None:
+    for each in (receiver, demo_receiver):
+        with each.connect() as client:
+            client.sendall(message(f"HEAD {target} HTTP/1.1", LOCAL))
+            client.sendall(message(f"GET {target} HTTP/1.0", LOCAL))
+            received = b"".join(iter(lambda: client.recv(1 << 16), b""))
+        head, _, rest = received.partition(b"\r\n\r\n")
+        [answer] = parse_answers(rest)
+        assert head[9:12] == b"%d" % answer.status
+        assert b"\r\nContent-Length: %d\r\n" % len(answer.payload) in head
 
 
 def test_a_request_may_come_in_any_pieces_but_not_in_part(receiver: Receiver) -> None:
     """Also a head of exactly 32 KiB whose empty line comes in pieces."""
-    good = signed({"_id": "stolen"})
-    for cut in range(1, len(good)):
-        [answer] = receiver.raw(good[:cut], half_close=True)
+    good, head = signed({}), get(LONGEST)
+    cuts = [(good, cut) for cut in range(1, len(good))]
+    for request, cut in cuts + [(head, len(head) - left) for left in range(1, 6)]:
+        [answer] = receiver.raw(request[:cut], half_close=True)
         assert (answer.status, answer.headers["Connection"]) == (400, "close"), cut
-    good = signed({})
-    head = get(field_of(32 * 1024, "Connection: close"), "Connection: close")
-    pieces = [[good[:cut], good[cut:]] for cut in range(1, len(good))]
-    pieces += [[head[:cut], head[cut:]] for cut in range(len(head) - 5, len(head))]
-    for parts in (*pieces, [bytes([octet]) for octet in good]):
         with receiver.connect() as client:
-            for part in parts:
-                client.sendall(part)
-            assert client.recv(12) == b"HTTP/1.1 200", parts
-
-
-def test_an_early_answer_reaches_who_is_still_sending(receiver: Receiver) -> None:
-    """Closing with unread bytes would reset the connection, and with it the answer."""
-    rows = (401, "/webhook?secret=x", 3), (401, TARGET, 15), (413, TARGET, 20), (404, "/", 20)  # fmt: skip
-    for status, target, mib in rows:
-        answer = receiver.post(bytes(mib << 20), target=target, signature="none")
-        assert answer.status == status
-
-
-def test_a_body_is_asked_for_where_it_is_wanted(hurried_receiver: Receiver) -> None:
-    expect = "Expect: 100-continue"
-    for status, request in [
-        (100, post(LENGTH, expect, body="", signature=UNSIGNED)),
-        (100, post(LENGTH, "Expect: x,\t100-Continue", body="", signature=UNSIGNED)),
-        (401, post(LENGTH, expect, signature=UNSIGNED)),  # it is there already
-        (401, message(POST, HOST, LENGTH, expect)),  # the head is refused
-        (408, message(POST[:-1] + "0", UNSIGNED, LENGTH, expect)),  # HTTP/1.0
-    ]:
-        with hurried_receiver.connect() as client:
-            client.sendall(request)
-            assert client.recv(12) == b"HTTP/1.1 %d" % status
-            if status == 100:
-                client.sendall(STOLEN.encode())
-                assert b"\r\n\r\nHTTP/1.1 401 " in client.recv(99) + client.recv(99)
+            client.sendall(request[:cut])
+            client.sendall(request[cut:])
+            assert client.recv(12) == b"HTTP/1.1 200", cut
 
 
 @concurrently
 def test_a_body_over_the_limit_is_413_and_is_logged(start: Start) -> None:
-    """Segment will not send it again, so whoever runs the receiver must hear of it."""
+    """Segment will not send it again, so whoever runs the receiver must hear of it.
+
+    An early answer reaches who is still sending: closing with unread bytes would reset
+    the connection, and with it the answer.
+    """
     receiver, body = start(), json.dumps(track()).encode().ljust(LIMIT)
     assert receiver.post(body).status == 200
     assert receiver.post(body + b" ", target="/webhook").status == 401  # a stranger's
@@ -1868,94 +1810,81 @@ def test_health_counts_for_those_who_know_the_public_secret(receiver: Receiver) 
 # HTTP: deadlines
 
 NO_BODY = post(LENGTH, body="", signature=UNSIGNED)
-# What comes at once, what trickles in after it, and the last answer, if there is one.
-SLOW: list[tuple[bytes, bytes, int | None]] = [
-    *((b"", b"", None), (b"\r", b"", None), (HEALTH, b"", 200), (b"GET /hea", b"", 408), (HEALTH[:-3], b"", 408)),
-    *((HEALTH[:-4], b"x", 408), (b"G", b"E", 408), ((HEALTH * 2)[:-4], b"x", 408)),
+ASKING = NO_BODY.replace(b"\r\n", b"\r\nExpect: x,\t100-Continue\r\n", 1)
+# What comes at once, what trickles in after it, and the statuses of all answers.
+SLOW: dict[str, tuple[bytes, bytes, list[int]]] = {
+    "nothing": (b"", b"", []), "half an empty line": (b"\r", b"", []), "one request": (HEALTH, b"", [200]),
+    "half a head": (HEALTH[:-3], b"", [408]), "a head without end": (b"G", b"E", [408]), "a second one": ((HEALTH * 2)[:-4], b"x", [200, 408]),
     # What can become no good request is refused before its end.
-    *((HEALTH.replace(b"\r\n", b"\n"), b"", 400), (b"\x16\x03\x01", b"", 400)),
-    *((NO_BODY, b"", 408), (NO_BODY + b"{", b"", 408), (NO_BODY, b" ", 408), (NO_BODY.replace(b"public", b"x"), b"x", 401)),
-]  # fmt: skip
+    "lines that end in LF": (HEALTH.replace(b"\r\n", b"\n"), b"", [400]), "a TLS client": (b"\x16\x03\x01", b"", [400]),
+    "no body": (NO_BODY, b"", [408]), "a body in drops": (NO_BODY, b" ", [408]), "a refused one": (post(LENGTH, signature="X: a"), b"x", [401]),
+    # A body is asked for where it is wanted, but in HTTP/1.0: RFC 9110 section 10.1.1
+    "a body to be asked for": (ASKING, b" ", [100, 408]), "an old client": (ASKING.replace(b"1.1", b"1.0"), b"", [408]),
+}  # fmt: skip
 
 
 def test_no_trickle_extends_a_deadline(hurried_receiver: Receiver) -> None:
-    """A byte every tenth of a second does not, and whoever listens is told."""
+    """A byte every tenth of a second does not, and whoever listens is told.
 
-    def attempt(first: bytes, trickle: bytes) -> list[int]:
-        received, part = b"", b"none yet"
-        with hurried_receiver.connect() as client, contextlib.suppress(ConnectionError):
-            client.settimeout(0.1)
+    In earnest an idle connection is kept longer than proxies keep theirs (Caddy 120 s):
+    whoever closes it second loses no request.
+    """
+    assert product.IDLE_SECONDS == 180 and product.HEAD_SECONDS == 10
+
+    def statuses(name: str) -> list[int]:
+        first, trickle, _ = SLOW[name]
+        with hurried_receiver.connect() as client, ThreadPoolExecutor(1) as pool:
             client.sendall(first)
-            for _ in range(150):
-                with contextlib.suppress(TimeoutError):
-                    part = client.recv(4096)
-                    received += part
-                if not part:
-                    break
+            answers = pool.submit(read_answers, client)
+            while not answers.done():
+                time.sleep(0.1)
                 client.sendall(trickle)
-        assert not part, "it was not ended"
-        return [answer.status for answer in parse_answers(received)]
+            return [answer.status for answer in answers.result()]
 
-    results = together(*(functools.partial(attempt, *row[:2]) for row in SLOW))
-    for (first, trickle, status), statuses in zip(SLOW, results, strict=True):
-        assert statuses[-1:] == ([status] if status else []), (first, trickle)
+    results = together(*(functools.partial(statuses, name) for name in SLOW))
+    for (name, row), result in zip(SLOW.items(), results, strict=True):
+        assert result == row[2], name
 
 
 def test_a_client_that_does_not_read_is_dropped(hurried_receiver: Receiver) -> None:
     with hurried_receiver.connect() as client:
-        page = message("GET /demo.html HTTP/1.1", "Host: localhost")
+        page = message("GET /demo.html HTTP/1.1", LOCAL)
         client.sendall(page * 10_000)  # half a gigabyte to read
         wait_until(lambda: client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
 
 
-def test_patience_is_longer_than_that_of_the_proxies_in_front() -> None:
-    """Whoever closes an idle connection second loses no request: Caddy keeps it 120 s."""
-    assert product.IDLE_SECONDS == 180 and product.HEAD_SECONDS == 10
-
-
-# How many bytes of a request come before a pause, of how many, when it begins, and how
-# long after it the others come.
-PAUSED = {"idle": (0, 60, 2.8, 0), "half a head": (30, 60, 2.8, 0), "half a body": (-30, 60, 2.8, 0), "a large body": (1000, 4, 2, 0),
-    "half a body afterwards": (-30, 60, 0.6, 0.7)}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", PAUSED)
 @concurrently
-def test_who_sends_while_it_is_paused_is_not_late(start: Start, kind: str) -> None:
+def test_who_sends_while_it_is_paused_is_not_late(start: Start) -> None:
     """A container or a busy machine stops for a while; what came meanwhile counts."""
-    cut, number, seconds, later = PAUSED[kind]
     patience = {"IDLE_SECONDS": 3, "HEAD_SECONDS": 3, "BODY_SECONDS": 3}
     receiver = start(command=hurried(BODY_BYTES_PER_SECOND=1e9, **patience))
-    text = "x" * (1_000_000 if kind == "a large body" else 1)
-    requests = [signed(track(text=text), "Connection: close") for _ in range(number)]
-    with contextlib.ExitStack() as stack:
-        began = time.monotonic()
-        clients = [stack.enter_context(receiver.connect()) for _ in requests]
-        for client, request in zip(clients, requests, strict=True):
-            client.sendall(request[:cut])
+    began = time.monotonic()
+
+    def wait_for(seconds: float) -> None:
         wait_until(lambda: time.monotonic() > began + seconds)
+
+    def ask(first: float, size: int, cut: int, then: float) -> int:
+        wait_for(first)
+        request = signed(track(text="x" * size), "Connection: close")
+        with receiver.connect() as client:
+            client.sendall(request[:cut])
+            wait_for(then)
+            client.sendall(request[cut:])
+            return read_answers(client)[0].status
+
+    def pause() -> None:
+        wait_for(2.8)
         receiver.process.send_signal(signal.SIGSTOP)
-        for client, request in zip(clients, requests, strict=True):
-            timer = threading.Timer(
-                later and 4.5 - seconds + later, client.sendall, [request[cut:]]
-            )
-            timer.start()
-        wait_until(lambda: time.monotonic() > began + 4.5)
+        wait_for(4.5)
         receiver.process.send_signal(signal.SIGCONT)
-        statuses = [a.status for client in clients for a in read_answers(client)]
-    assert statuses == [200] * number
+
+    rows = [(0, 1, cut, 3) for cut in (0, 30, -30)]
+    rows += [(0.7, 1_000_000, 1000, 3), (2.2, 1, -30, 5.2)]  # large; after the pause
+    calls = [functools.partial(ask, *row) for row in rows * 4]
+    assert together(pause, *calls) == [None] + [200] * len(calls)
 
 
 # HTTP: strangers beside Segment, all at once
-
-
-def test_no_list_costs_more_than_its_first_hundred_members() -> None:
-    assert len(product.members("," * 32_000)) == 101
-
-
-def flood(query: str) -> bytes:
-    line = f"POST /webhook?{query * (8000 // len(query))} HTTP/1.1"
-    return message(line, HOST, UNSIGNED, "Content-Length: 0") * 4
 
 
 def is_served(receiver: Receiver) -> bool:
@@ -1964,61 +1893,48 @@ def is_served(receiver: Receiver) -> bool:
     return False
 
 
-# What each sends, how many there are, and the limit of the receiver's shell.
-BESIDE: dict[str, tuple[bytes, int, str]] = {
-    "idle": (b"", 1500, "ulimit -n 1000"),
-    "idle, and few descriptors": (b"", 150, "ulimit -n 80"),
-    "idle, and more than descriptors": (b"", 600, "ulimit -n 256"),
-    "half a request line": (b"POST /web", 1500, "ulimit -n 1000"),
-    "half a head": (POST.encode() + b"\r\n", 1500, "ulimit -n 1000"),
-    "half a body": (NO_BODY + b"{", 1500, "ulimit -n 1000"),
-    "queries of &": (flood("&"), 300, ":"),
-    "queries of secrets": (flood("secret=&"), 300, ":"),
-    "queries of %": (flood("%26"), 300, ":"),
-}
+# What each of them sends.
+BESIDE = {
+    "nothing": b"", "half a head": POST.encode() + b"\r\n", "half a body": NO_BODY + b"{",
+    "long queries": message(f"POST /webhook?{'%26=&' * 1600} HTTP/1.1", HOST, "Content-Length: 0") * 2,
+    "long lists": get("Connection: " + "," * 32_000) * 2,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BESIDE)
 @concurrently
 def test_segment_is_served_beside_strangers_who_send(start: Start, name: str) -> None:
-    sent, number, limit = BESIDE[name]
-    script = f"{limit}; exec {sys.executable} {HERE / 'receiver.py'}"
-    receiver = start(command=("sh", "-c", script))
+    """They are more than there may be files, and take little of the processor."""
+    few = "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))"
+    receiver = start(command=after(few))
     with contextlib.ExitStack() as stack:
-        for _ in range(number):
+        for _ in range(600):
             client = stack.enter_context(receiver.connect())
             with contextlib.suppress(ConnectionError):  # it had to make room
-                client.sendall(sent)
+                client.sendall(BESIDE[name])
         wait_until(lambda: is_served(receiver))
         for size in (1, 1_000_000) * 3:
             assert receiver.post(track(text="x" * size)).status == 200
     assert "out of system resource" not in receiver.log
-    if "queries" in name and Path("/proc/self/stat").exists():
-        stat = Path(f"/proc/{receiver.process.pid}/stat").read_text().rsplit(")")[-1]
-        ticks = sum(map(int, stat.split()[11:13]))
-        assert ticks / os.sysconf("SC_CLK_TCK") < 1.5  # of a processor, for 1,200
+    stat = Path(f"/proc/{receiver.process.pid}/stat").read_text().rsplit(")")[-1]
+    ticks = sum(map(int, stat.split()[11:13]))
+    assert ticks / os.sysconf("SC_CLK_TCK") < 2
 
 
 @concurrently
 def test_pipelined_requests_leave_others_their_turn(start: Start) -> None:
-    receiver, number = start(), 5000
-    with receiver.connect() as greedy, receiver.connect() as other:
-        threading.Thread(target=greedy.sendall, args=(HEALTH * number,)).start()
-        received = greedy.recv(1000)
-        other.sendall(HEALTH)
-        assert other.recv(4096).startswith(b"HTTP/1.1 200 ")
-        greedy.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while received.count(b"HTTP/1.1 200 ") < number:
-                received += greedy.recv(1 << 20)
-        assert received.count(b"HTTP/1.1 200 ") < number
+    receiver = start()
+    refused = message("PUT /webhook HTTP/1.1", HOST, "Content-Length: 0")
+    with receiver.connect() as greedy:
+        threading.Thread(target=greedy.sendall, args=(refused * 5000,)).start()
+        greedy.recv(1)
+        assert receiver.health()["unauthorized"] < 5000
 
 
 @concurrently
 def test_a_body_counts_with_what_has_come_of_it(start: Start) -> None:
     """Heads may promise what they like; at the limit the body that began first ends."""
-    receiver = start()
-    promise = post(f"Content-Length: {LIMIT}", body="", signature=UNSIGNED)
+    receiver, promise = start(), NO_BODY.replace(b"40\r\n", b"%d\r\n" % LIMIT)
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(receiver.connect()) for _ in range(20)]
         for client in clients:
@@ -2038,47 +1954,32 @@ def test_a_body_counts_with_what_has_come_of_it(start: Start) -> None:
         assert receiver.post(track(text="x" * 1_000_000)).status == 200
 
 
-@pytest.mark.parametrize("cut", [10, -10])
 @concurrently
-def test_who_makes_room_or_finds_none_is_told_503(start: Start, cut: int) -> None:
-    """408 would be the end of an authentic event: Segment does not repeat a 4xx."""
-    receiver = start("--max-connections", "5")
+def test_who_waits_longest_makes_room(start: Start, own_mongod: Mongod) -> None:
+    """But not who is being answered, or just was; and who is ended is told 503.
+
+    408 would be the end of an authentic event: Segment does not repeat a 4xx.
+    """
+    receiver = start("--max-connections", "4", uri=own_mongod.uri)
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(receiver.connect()) for _ in range(5)]
-        for client in clients * 20:  # each may have its next request on its way
+        clients = [stack.enter_context(receiver.connect()) for _ in range(4)]
+        for client in clients:  # each may have its next request on its way
             client.sendall(HEALTH)
             assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
-        [answer] = receiver.raw(b"")
-        assert answer.status == 503 and answer.headers["Retry-After"]
-        for client in clients:
-            client.sendall(signed(track())[:cut])
-        client.settimeout(0.1)
-
-        def told() -> bytes:
-            for _ in clients:
-                stack.enter_context(receiver.connect())
-            with contextlib.suppress(TimeoutError):
-                return client.recv(4096)
-            return b""
-
-        [answer] = parse_answers(wait_until(told))
-        assert answer.status == 503 and answer.headers["Retry-After"]
-
-
-@concurrently
-def test_who_is_being_answered_makes_no_room(start: Start, own_mongod: Mongod) -> None:
-    receiver = start("--max-connections", "2", uri=own_mongod.uri)
-    with contextlib.ExitStack() as stack:
-        busy, idle = (stack.enter_context(receiver.connect()) for _ in range(2))
+        refused = receiver.raw(b"")  # one more
         own_mongod.process.send_signal(signal.SIGSTOP)
-        busy.sendall(signed({}))
+        busy, idle, head, body = clients
+        for client, end in ((busy, None), (head, 10), (body, -10)):
+            client.sendall(signed({})[:end])
 
-        def made_room() -> bool:
+        def all_ended() -> bool:
             stack.enter_context(receiver.connect())
-            return readable(idle, busy, seconds=0.1)
+            return all(readable(client, seconds=0.05) for client in (idle, head, body))
 
-        wait_until(made_room)
-        assert idle.recv(4096) == b""
+        wait_until(all_ended)
+        assert read_answers(idle) == []
+        for answer in (*refused, *read_answers(head), *read_answers(body)):
+            assert answer.status == 503 and answer.headers["Retry-After"]
         assert parse_answers(busy.recv(4096))[0].status == 202
 
 
@@ -2091,11 +1992,10 @@ SPLICES = [
 
 @concurrently
 def test_mutated_requests_are_refused_and_not_stored(start: Start) -> None:
-    receiver, event = start(), {"_id": "good", "text": "x"}
+    receiver, event, chance = start(), {"_id": "good", "text": "x"}, random.Random(0)
     seeds = (signed(event), signed(event, "Expect: 100-continue"), NO_BODY + STOLEN.encode(), get(target="/health" + QUERY))  # fmt: skip
-    allowed = {100, 200, 400, 401, 404, 405, 411, 413, 414, 431}
 
-    def mutated(chance: random.Random) -> bytes:
+    def mutated() -> bytes:
         data = chance.choice(seeds)
         for _ in range(chance.choice((1, 1, 1, 2, 4))):
             at = chance.randrange(len(data) + 1)
@@ -2104,14 +2004,11 @@ def test_mutated_requests_are_refused_and_not_stored(start: Start) -> None:
             data = data[:at] + new + data[at + len(old) :]
         return data
 
-    def fuzz(seed: int) -> None:
-        chance = random.Random(seed)
-        for _ in range(50_000 if LONG else 500):
-            sent = b"".join(mutated(chance) for _ in range(4))
-            answers = receiver.raw(sent, half_close=True)
-            assert answers and {answer.status for answer in answers} <= allowed, sent
-
-    together(*(functools.partial(fuzz, seed) for seed in range(4)))
+    for _ in range(200_000 if LONG else 2000):
+        sent = b"".join(mutated() for _ in range(4))
+        statuses = {answer.status for answer in receiver.raw(sent, half_close=True)}
+        assert statuses, sent
+        assert statuses <= {100, 200, 400, 401, 404, 405, 411, 413, 414, 431}, sent
     assert receiver.post(event).status == 200
     assert receiver.stored() == {"good": event}
     assert "internal error" not in receiver.log
@@ -2129,44 +2026,31 @@ def test_answers_and_log_give_nothing_away(start: Start, tmp_path: Path) -> None
     receiver.events().create_index([("place", "2dsphere")])
     receiver.post(track(email="quoted@example.com"))
     answers = [receiver.post(body) for _, body, _ in REFUSED_BODIES]
-    for _, request in CLOSING:
-        answers += receiver.raw(request, half_close=True)
+    for *_, requests in REQUESTS.values():
+        answers += [a for r in requests for a in receiver.raw(r, half_close=True)]
     for number in range(50):
-        for status, quoted in [
+        for expected, quoted in [
             (422, {"_id": {f"$quoted {number}": 1}}),
             (202, {"_id": f"quoted {number}", "email": "quoted@example.com"}),
             (202, {"_id": f"quoted {number}", "place": f"quoted {number}"}),
         ]:
             answers.append(receiver.post(quoted))
-            assert answers[-1].status == status
+            assert answers[-1].status == expected
     assert receiver.stop() == 0
-    words = (
-        "python|traceback|codec|receiver.py|exception|server:|quoted|stolen|public%2f"
-    )
-    for answer in answers:
-        text = str(answer.headers) + answer.payload.decode() + receiver.log
-        assert not re.search(f"{words}|private-query|{SHARED}|{PUBLIC}", text.lower())
-    lines = receiver.log.split("\n")[:-1]
+    text = receiver.log + "".join(f"{a.headers}{a.payload.decode()}" for a in answers)
+    ours = "python|traceback|codec|receiver.py|exception|server:|quoted|stolen"
+    theirs = f"public%2f|private-query|{SHARED}|{re.escape(PUBLIC)}"
+    assert not re.search(f"{ours}|{theirs}", text, re.IGNORECASE)
+    lines = receiver.log.splitlines()
     assert all(re.match("<[346]>", line) and line.isprintable() for line in lines)
     assert [line for line in lines if line.startswith("<4>") and "401" in line]
     assert len([line for line in lines if "kept as " not in line]) < 40  # of 400
 
 
-@pytest.mark.parametrize("standard_error", ["a full pipe", "closed"])
 @concurrently
-def test_a_log_that_nobody_reads_stops_nothing(start: Start, standard_error: str) -> None:  # fmt: skip
-    _, writer = os.pipe()
-    os.set_blocking(writer, False)
-    with contextlib.suppress(BlockingIOError):
-        while os.write(writer, bytes(1 << 16)):
-            pass
-    os.set_blocking(writer, True)
-    full = f"os.dup2({writer}, 1); os.dup2({writer}, 2)"
-    setup = "os.close(2)" if standard_error == "closed" else full
-    receiver = start("--demo", command=hurried(setup), pass_fds=(writer,))
-    for number in range(3000 if LONG else 300):
-        assert receiver.post(track(event=f"{number} {'x' * 200}")).status == 200
-        receiver.raw(b"?\r\n\r\n")
+def test_it_needs_no_standard_error(start: Start) -> None:
+    receiver = start("--demo", command=after("os.close(2)"))
+    assert receiver.post(track()).status == 200
     assert receiver.stop() == 0
 
 
@@ -2176,7 +2060,6 @@ def test_a_log_that_nobody_reads_stops_nothing(start: Start, standard_error: str
 class OnUnixSocket(Receiver):
     def connect(self) -> socket.socket:
         client = socket.socket(socket.AF_UNIX)
-        client.settimeout(30)
         client.connect(str(self.folder / "socket"))
         return client
 
@@ -2185,10 +2068,10 @@ class OnUnixSocket(Receiver):
 def test_it_takes_a_unix_socket_from_systemd(tmp_path: Path, mongod: Mongod) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
-        listener.listen(100)
         given = listener.fileno()
-        setup = f"os.dup2({given}, 3); os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()))"  # fmt: skip
-        options: Any = {"command": hurried(setup), "pass_fds": (given,)}
+        lines = [f"os.dup2({given}, 3)", "os.environ['LISTEN_FDS'] = '1'"]
+        lines += ["os.environ['LISTEN_PID'] = str(os.getpid())"]
+        options: Any = {"command": after(*lines), "pass_fds": (given,)}
         receiver = OnUnixSocket(tmp_path, mongod.uri, **options)
     assert receiver.post(track()).status == 200
     assert receiver.stop() == 0 and "Traceback" not in receiver.log
@@ -2222,91 +2105,80 @@ def test_nothing_is_smuggled_through(start: Start, tmp_path: Path, proxy: str) -
     (tmp_path / "conf").write_text(text.replace("PORT", str(proxied.port)))
     options: Any = {"cwd": tmp_path, "env": os.environ | {"HOME": str(tmp_path)}}
     process = subprocess.Popen(command.split(), stderr=subprocess.DEVNULL, **options)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(process.wait)
+        stack.callback(process.terminate)
         wait_until(proxied.answers)
         for method, size in (("POST", 10), ("PUT", 10_000), ("PATCH", 3_000_000)) * 2:
             assert proxied.post(track(text="x" * size), method=method).status == 200
         hidden = signed({"_id": "stolen"}, request_line=POST.replace("?", "/?"))
-        for head in {r.partition(b"\r\n\r\n")[0] for _, r in CLOSING if b"ength" in r}:
+        requests = itertools.chain(*(row[2] for row in REQUESTS.values()))
+        for head in {r.partition(b"\r\n\r\n")[0] for r in requests if b"ength" in r}:
             with proxied.connect() as client, contextlib.suppress(OSError):
                 client.settimeout(0.2)
                 client.sendall(head + b"\r\n\r\n0\r\n\r\n" + hidden * 2)
                 client.recv(1 << 16)
         assert proxied.post(track()).status == 200
         assert not receiver.events().find_one({"_id": "stolen"})
-    finally:
-        process.terminate()
-        process.wait()
 
 
 # HTTP: the demo
 
 EVENTS = "/events" + QUERY
-THIS_MACHINE = ("127.0.0.1", "127.0.0.1:80", "localhost", "LOCALHOST:80", "localhost:1", "[::1]:80", "127.9.9.9")  # fmt: skip
-# The status of its page and of its events, the events' query, the request's fields.
-DEMO: list[tuple[int, int, str, list[str]]] = [
-    *((200, 200, QUERY, [f"Host: {host}"]) for host in THIS_MACHINE),
+# The status of its page and of its events; where, queries of the events, heads.
+DEMO: dict[str, tuple[int, int, str, list[str], list[str]]] = {
+    "of this machine": (200, 200, "", [QUERY], ["Host: 127.0.0.1", "Host: LOCALHOST:80", "Host: [::1]:80", "Host: 127.9.9.9"]),
     # DNS rebinding: a web site's name that resolves to 127.0.0.1 makes us its origin.
-    *((403, 403, QUERY, [f"Host: {host}"]) for host in ("evil.example", "127.0.0.1.evil.example", "localhost.evil.example", "evil.example:80",
-        "10.0.0.1", "0.0.0.0", "169.254.169.254", "[::]", "2130706433", "")),
-    *((403, 403, QUERY, ["Host: localhost", field]) for field in ("Forwarded: for=192.0.2.1", "X-Forwarded-For: 127.0.0.1", "Via: 1.1 a")),
-    *((200, 401, query, ["Host: localhost"]) for query in ("", "?secret=", "?secret=wrong", QUERY + "&secret=x")),
-    *((200, 400, f"{QUERY}&limit={limit}", ["Host: localhost"]) for limit in ("0", "-1", "101", "1e2", "999999999999", "x", "%D9%A5")),
-]  # fmt: skip
+    "of another host": (403, 403, "", [QUERY], ["Host: " + host for host in (
+        "127.0.0.1.evil.example:80", "localhost.evil.example", "10.0.0.1", "0.0.0.0", "169.254.169.254", "2130706433", "")]),
+    "of another host in the target": (403, 403, "http://evil.example", [QUERY], [LOCAL]),  # it counts: RFC 9112 section 3.2.2
+    "through a proxy": (403, 403, "", [QUERY], [f"{LOCAL}\r\n{field}" for field in (
+        "Forwarded: for=192.0.2.1", "X-Forwarded-For: 127.0.0.1", "Via: 1.1 a")]),
+    "without the secret": (200, 401, "", ["", "?secret=wrong"], [LOCAL]),
+    "with a bad limit": (200, 400, "", [f"{QUERY}&limit={limit}" for limit in ("0", "-1", "101", "1e2", "%D9%A5")], [LOCAL]),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("page", "events", "query", "fields"), DEMO)
-def test_the_demo_is_for_this_machine_and_its_events_for_the_secret(
-    demo_receiver: Receiver, page: int, events: int, query: str, fields: list[str]
-) -> None:
-    rows = (page, "GET /"), (page, "GET /demo.html"), (page, "OPTIONS /webhook"), (events, f"GET /events{query}")  # fmt: skip
-    for status, request in rows:
-        head = message(f"{request} HTTP/1.1", *fields, "Connection: close")
-        [answer] = demo_receiver.raw(head)
-        assert answer.status == status or (answer.status, status) == (204, 200), request
+@pytest.mark.parametrize("name", DEMO)
+def test_the_demo_is_for_this_machine(demo_receiver: Receiver, name: str) -> None:
+    page, events, site, queries, heads = DEMO[name]
+    lines = [(page, f"GET {site}/"), (page, f"GET {site}/demo.html")]
+    lines += [(page, f"OPTIONS {site}/webhook")]
+    lines += [(events, f"GET {site}/events{query}") for query in queries]
+    for head, (status, line) in itertools.product(heads, lines):
+        request = message(f"{line} HTTP/1.1", head, "Connection: close")
+        assert demo_receiver.raw(request)[0].status == status, request
 
 
 def test_the_demo_page_may_not_be_framed(demo_receiver: Receiver) -> None:
-    for target in ("/", "/demo.html"):
-        answer = demo_receiver.get(target)
-        assert answer.payload == (HERE / "demo.html").read_bytes()
-        assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
-        head = demo_receiver.request("HEAD", target)
-        assert (head.status, head.payload) == (200, b"")
-        assert head.headers["Content-Length"] == answer.headers["Content-Length"]
-    # The host of an absolute target counts, not the field (RFC 9112 section 3.2.2).
-    evil = message("GET http://evil.example/ HTTP/1.1", "Host: localhost", "Connection: close")  # fmt: skip
-    assert demo_receiver.raw(evil)[0].status == 403
+    answer = demo_receiver.get("/")
+    assert answer.payload == (HERE / "demo.html").read_bytes()
+    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
 
 
 def test_the_demo_shows_documents_exactly(demo_receiver: Receiver) -> None:
     """A driver would make a DBRef of its own of a $ref."""
-    odd = {"$ref": "users", "$id": 5, "$db": "x", "more": [1, 2.5, None, "\u2028"]}
-    ids = (
-        "100000000000000000000",
-        '"\\ud800"',
-        '{"$in":[1]}',
-        '{"a\\u0000":1}',
-        "NaN",
-        "[",
-    )
-    for id_, count in zip(ids, (1, 1, 0, 0, 0, 0), strict=True):
+    ids = "100000000000000000000", r'"\ud800"'
+    for id_ in (*ids, '{"$in":[1]}', r'{"a\u0000":1}', "NaN", "["):  # of no document
         demo_receiver.post(b'{"_id":%s}' % id_.encode())
-        assert len(demo_receiver.get(f"{EVENTS}&id={quote(id_)}").json) == count, id_
-    for event in ({"_id": "older"}, {"_id": "newer", "odd": odd, "big": 2**40}):
-        assert demo_receiver.post(event).status == 200
-    assert demo_receiver.get(EVENTS).json[:2] == [event, {"_id": "older"}]
+        shown = demo_receiver.get(f"{EVENTS}&id={quote(id_)}").json
+        assert len(shown) == ids.count(id_), id_
+    odd = {"$ref": "users", "$id": 5, "$db": "x", "more": [1, 2.5, None, "\u2028"]}
+    older = {"_id": "older", "odd": odd, "big": 2**40}
+    assert demo_receiver.post(older).status == 200
     made = demo_receiver.post({"a": 1}).json["insertedId"]
-    newest = {"_id": {"$oid": made}, "a": 1}
-    rows = ("limit=1", [newest]), (f"id={made}", [newest]), ("id=newer", [event]), ("id=x", [])  # fmt: skip
-    for query, shown in rows:
-        assert demo_receiver.get(f"{EVENTS}&{query}").json == shown
+    newer = {"_id": {"$oid": made}, "a": 1}
+    assert demo_receiver.get(EVENTS).json[:2] == [newer, older]
+    for query, one in ("limit=1", newer), (f"id={made}", newer), ("id=older", older):
+        assert demo_receiver.get(f"{EVENTS}&{query}").json == [one]
+    assert demo_receiver.get(f"{EVENTS}&id=x").json == []
 
 
 ORIGINS = {
     **dict.fromkeys(("null", "http://127.0.0.1:8000", "http://localhost", "https://[::1]:1"), True),
-    **dict.fromkeys(("http://evil.example", "http://127.0.0.1.evil.example", "http://localhost.evil.example", "*", "", "file://", "NULL",
-        "http://evil.example:80", "https://localhost@evil.example", "ftp://localhost", "http://[::1", "http://127.0.0.1 http://a"), False),
+    **dict.fromkeys(("http://evil.example", "http://127.0.0.1.evil.example", "http://localhost.evil.example:80", "*", "NULL", "ftp://localhost",
+        "https://localhost@evil.example", "http://evil.example@localhost", "http://127.0.0.1 http://a"), False),
 }  # fmt: skip
 
 
@@ -2337,13 +2209,9 @@ def test_a_demo_prints_no_secret_of_the_users_own(start: Start) -> None:
 
 def test_the_demos_log_escapes_control_characters(demo_receiver: Receiver) -> None:
     demo_receiver.post(track(event="\x1b[2J\nA \u2028\u202e line 😀", messageId="m\r"))
-    line = wait_until(lambda: re.search("stored: (.*2J.*)", demo_receiver.log))[1]
-    assert line == r"track \x1b[2J\nA \u2028\u202e line 😀 m\r"
     demo_receiver.post(track(event={"email": "ada@example.com"}, messageId="odd one"))
-    assert (
-        wait_until(lambda: re.search("stored: (.*odd one)", demo_receiver.log))[1]
-        == "track odd one"
-    )
+    lines = [r"track \x1b[2J\nA \u2028\u202e line 😀 m\r", "track odd one"]
+    wait_until(lambda: re.findall("stored: (.*)", demo_receiver.log)[-2:] == lines)
 
 
 # --- Process: the first run, and its own MongoDB ------------------------------------------
