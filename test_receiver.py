@@ -1191,6 +1191,15 @@ def test_refusals_hold_nothing_up(start: Start, mongod: Mongod) -> None:
     assert not kept(receiver) and "ada.ada" not in receiver.log
 
 
+@concurrently
+def test_a_file_that_ends_a_round_does_not_begin_the_next(start: Start) -> None:
+    receiver = start(command=hurried(**QUICK))
+    bad = lay(receiver, "0.bson", *(too_deep(str(number)) for number in range(300)))
+    good = lay(receiver, "1.bson", {"_id": "good"})
+    wait_until(lambda: not good.exists())
+    assert bad.exists()
+
+
 # --- Storage: the spool -------------------------------------------------------------------
 
 
@@ -2049,15 +2058,6 @@ def test_answers_and_log_give_nothing_away(start: Start, tmp_path: Path) -> None
     assert len([line for line in lines if "kept as " not in line]) < 40  # of 400
 
 
-@concurrently
-def test_its_output_may_be_full_or_closed(start: Start) -> None:
-    full = ["read, full = os.pipe()", "os.set_inheritable(read, True)"]
-    full += ["fcntl.fcntl(full, 1031, 4096)", "os.write(full, bytes(4096))"]
-    receiver = start("--demo", command=after(*full, "os.dup2(full, 1)", "os.close(2)"))
-    assert receiver.post(track()).status == 200
-    assert receiver.stop() == 0
-
-
 # HTTP: sockets and proxies
 
 
@@ -2376,6 +2376,9 @@ TO_LOG = ("os.set_inheritable(log, True)", "os.dup2(log, 1)", "os.dup2(log, 2)")
 LIMITS = {
     "its log has no reader": ("read, log = os.pipe()", "os.close(read)", *TO_LOG),
     "its log is not read": ("read, log = os.pipe()", "os.set_inheritable(read, True)", "fcntl.fcntl(log, 1031, 4096)", *TO_LOG),
+    "its output is not read": ("read, log = os.pipe()", "os.set_inheritable(read, True)", "fcntl.fcntl(log, 1031, 4096)", "os.write(log, bytes(4096))",
+        "os.dup2(log, 1)"),
+    "it has no standard error": ("os.close(2)",),
     "its log is on a full disk": ("log = os.open('/dev/full', os.O_WRONLY)", *TO_LOG),
     "of forty files": ("resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))",),
 }  # fmt: skip
