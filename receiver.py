@@ -1078,7 +1078,7 @@ class Handler(BaseHTTPRequestHandler):
         self.storage.counters["unauthorized"] += status == 401
         lost = status == 413 and self.settings.public_secrets  # of which he knows one
         report = log.error if lost else log.warning
-        report("refused: %d %s", status, words(reason))
+        report("refused: %d %s", status, reason if lost else words(reason))
         headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
         headers[405] = {"Allow": self.methods.get(self.path, "")}
         self.answer(status, {"error": reason[:1000]}, **headers.get(status, {}))
@@ -1099,7 +1099,7 @@ class Handler(BaseHTTPRequestHandler):
         self.require_length()
         most = self.settings.max_body_bytes
         if self.unread > most:
-            raise Refused(413, f"{self.unread} bytes, RECEIVER_MAX_BODY_BYTES={most}")
+            raise Refused(413, f"RECEIVER_MAX_BODY_BYTES={most}: {self.unread} bytes")
         signature = self.headers.get("x-signature", "").lower()
         if not SIGNATURE.fullmatch(signature):
             raise Refused(401, "X-Signature is missing or not 40 hexadecimal digits")

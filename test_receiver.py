@@ -1803,6 +1803,13 @@ def test_a_body_over_the_limit_is_413_and_is_logged(start: Start) -> None:
     assert receiver.post(body + b" ").status == 413
     line = wait_until(lambda: re.findall(f".*{LIMIT + 1}.*", receiver.log))
     assert len(line) == 1 and str(LIMIT) in line[0] and "MAX_BODY_BYTES" in line[0]
+    # Where anybody may announce any size, he cannot fill the log with them.
+    receiver = start(SEGMENT_PUBLIC_SECRET=None)
+    for size in (1, 2, 3):
+        head = "POST /webhook HTTP/1.1", HOST, f"Content-Length: {LIMIT + size}"
+        receiver.raw(message(*head), half_close=True)
+    receiver.stop()
+    assert receiver.log.count(" 413 ") == 1
 
 
 def test_health_counts_for_those_who_know_the_public_secret(receiver: Receiver) -> None:
