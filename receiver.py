@@ -1411,8 +1411,8 @@ def open_listener(settings: Settings) -> tuple[socket.socket, str]:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name != "nt")
             listener.bind((host, settings.port))
         listener.listen()
-    except OSError as error:
-        raise SettingsError(f"cannot listen on {where}: {error.strerror}") from None
+    except (OSError, TypeError) as error:  # é..x is no host name
+        raise SettingsError(f"cannot listen on {where}: {describe(error)}") from None
     address = listener.getsockname()
     if settings.demo and not is_loopback(str(address[0])):
         raise SettingsError("systemd's socket is not loopback's, as a demo's must be")

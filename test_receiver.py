@@ -623,6 +623,7 @@ def test_a_bad_value_ends_the_process_with_a_line_and_2(tmp_path: Path) -> None:
     lines = set()
     for name, value, words in [
         ("RECEIVER_PORT", "http", "RECEIVER_PORT"),
+        ("RECEIVER_HOST", "é..example", "cannot listen on é..example:0: "),
         ("MONGODB_DATABASE", "a b", "MONGODB_DATABASE"),
         ("MONGODB_COLLECTION", "a$b", "MONGODB_COLLECTION"),
         ("RECEIVER_DATA_DIR", f"{tmp_path}", f"{tmp_path}/spool"),
