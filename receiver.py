@@ -419,7 +419,7 @@ def open_collection(settings: Settings) -> Any:
         return database[settings.collection]
     except (errors.PyMongoError, ValueError, OSError, UserWarning) as error:
         reason, rest = str(error), uri.partition("://")[2]
-        values = re.sub("[?&][^=]*=", ",", rest)  # options may be named
+        values = re.sub(r"[?&]\w*=", ",", rest)  # options may be named
         for piece in re.findall("[^/:@?&=,]{3,}", f"{values},{unquote(values)}"):
             reason = reason.replace(piece, "...")
         raise SettingsError(f"{source}: {reason[:300]}") from None
