@@ -1802,7 +1802,7 @@ def test_a_body_over_the_limit_is_413_and_is_logged(start: Start) -> None:
     assert receiver.post(body).status == 200
     assert receiver.post(body + b" ", target="/webhook").status == 401  # a stranger's
     assert receiver.post(body + b" ").status == 413
-    line = wait_until(lambda: re.findall(f".*{LIMIT + 1}.*", receiver.log))
+    line = wait_until(lambda: re.findall(f".* ERROR .*{LIMIT + 1}.*", receiver.log))
     assert len(line) == 1 and str(LIMIT) in line[0] and "MAX_BODY_BYTES" in line[0]
     # Where anybody may announce any size, he cannot fill the log with them.
     receiver = start(SEGMENT_PUBLIC_SECRET=None)
