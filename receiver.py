@@ -395,8 +395,8 @@ Outcome = tuple[list[str], dict[int, str]]  # results, MongoDB's words by their 
 
 
 def open_collection(settings: Settings) -> Any:
-    """Returns the collection. Raises SettingsError for what pymongo refuses or warns of,
-    without a piece of the connection string, which may hold a password."""
+    """Returns the collection. Raises SettingsError for what pymongo refuses or only
+    warns of, without a piece of the connection string, which may hold a password."""
     uri = settings.mongodb_uri or f"mongodb://{LOCAL_MONGODB}"
     source = "MONGODB_URI"
     # How soon a host is asked again that swallows packets, or a primary that was lost.
@@ -593,8 +593,8 @@ class Disk:
     def read(self, name: str, progress: Progress) -> tuple[list[bytes], int, bool]:
         """Returns the next documents, where they end, and whether they are all.
 
-        They have ``progress.most`` bytes together, or it is one. A file that has no more
-        is removed; a torn or foreign one is set aside, and so is a document without
+        They have ``progress.most`` bytes together, or it is one. A file without more is
+        removed; a torn or foreign one is set aside, and so is a document without
         ``_id``, which a second try would store again.
         """
         documents: list[bytes] = []
@@ -782,8 +782,8 @@ class Storage:
     async def drain(self) -> None:
         """Delivers what is in the spool, for ever; a crash anywhere costs nothing.
 
-        A round tries all due files, refused ones last, until an insert fails as a whole;
-        the next begins behind that file, so that none holds up others.
+        A round tries all due files, refused ones last, until an insert fails whole; the
+        next begins behind that file, so that none holds up others.
         """
         after, progress = "", dict[str, Progress]()
         while True:
@@ -1251,7 +1251,7 @@ class Server:
         storage.counters["unauthorized"] = 0
         run = asyncio.get_running_loop().run_in_executor
         self.in_thread = functools.partial(run, ThreadPoolExecutor(1))
-        # When each came or last completed a request, in this order, also of the evicted.
+        # When each came or last completed a request, in this order, evicted ones too.
         self.handlers: OrderedDict[Handler, float] = OrderedDict()
         self.bodies: dict[Handler, int] = {}  # bytes of those that come in parts
         self._most = settings.max_connections
@@ -1398,7 +1398,7 @@ def notify(state: str, seconds: float = 0) -> None:
 
 
 def open_listener(settings: Settings) -> tuple[socket.socket, str]:
-    """Returns a socket, systemd's if there is one, and its URL. Raises SettingsError."""
+    """Returns systemd's socket, or one of ours, and its URL. Raises SettingsError."""
     host, where = settings.host, f"{settings.host}:{settings.port}"
     try:
         if os.environ.get("LISTEN_PID") == str(os.getpid()):  # sd_listen_fds(3)
@@ -1557,7 +1557,7 @@ README.md goes on from here to Segment itself. Ctrl-C stops.
 
 
 def try_mongodb(collection: Any) -> str:
-    """Tries an insert that leaves nothing; returns what it proves. Raises PyMongoError."""
+    """Inserts and leaves nothing; returns what that proves. Raises PyMongoError."""
     with pymongo.timeout(5), collection.database.client as client:
         # Refused for its _id, but needs the right to insert and the write concern.
         insert(collection, [bson.encode({"_id": []})], 5)
