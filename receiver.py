@@ -340,18 +340,27 @@ def to_document(event: dict[str, Any]) -> Document:
         if "_id" in event and UNFIT_ID.search(json.dumps(event["_id"], default=str)):
             raise Refused(422, "_id is an array or has a $ key")
         encoded = bson.encode(document)
+        # A quick look first: each level but the first has a byte of one of these types.
+        levels = encoded.count(b"\x03") + encoded.count(b"\x04")
+        if levels >= MAX_DEPTH and depth(event) > MAX_DEPTH:
+            raise Refused(422, TOO_DEEP)
     except UnicodeEncodeError:  # a string that JavaScript cut in a surrogate pair
         return to_document(fitted(document))
     except bson.errors.InvalidDocument:
         raise Refused(422, "a key has a NUL") from None
     except RecursionError:
         raise Refused(422, TOO_DEEP) from None
-    # A quick look first: each level but the first has a byte of one of these types.
-    if encoded.count(b"\x03") + encoded.count(b"\x04") >= MAX_DEPTH:
-        fitted(document)
     if len(encoded) > MAX_BSON_BYTES:
         raise Refused(422, f"more than {MAX_BSON_BYTES} bytes of BSON")
     return Document(document["_id"], encoded)
+
+
+def depth(value: Any) -> int:
+    """Returns how many levels an object or array has. Raises RecursionError."""
+    if not isinstance(value, (dict, list)):
+        return 0
+    items = value.values() if isinstance(value, dict) else value
+    return 1 + max(map(depth, items), default=0)
 
 
 def fitted(value: Any, level: int = 1) -> Any:
