@@ -1076,6 +1076,7 @@ class Handler(BaseHTTPRequestHandler):
         for name, text in ({"Content-Type": "application/json"} | headers).items():
             self.send_header(name, text)
         if self.close_connection:
+            self.buffer.clear()  # of which no more is read, and which may be large
             self.send_header("Connection", "close")
         elif self.request_version == "HTTP/1.0":
             self.send_header("Connection", "keep-alive")
