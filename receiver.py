@@ -17,7 +17,6 @@ import functools
 import gc
 import hashlib
 import hmac
-import ipaddress
 import itertools
 import json
 import logging
@@ -63,6 +62,7 @@ T = TypeVar("T")
 # --- 1. Settings ----------------------------------------------------------------------
 
 LOCAL_MONGODB = "127.0.0.1:27017"
+LOOPBACK = r"(?i:localhost|127(?:\.[0-9]+){3}|\[?::1\]?)"
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 FROM_0, FROM_1 = range(GIB**2), range(1, GIB**2)
 ABOUT_SECRETS = """\
@@ -117,7 +117,7 @@ class Settings:
         if not values.keys() & {"shared_secrets", "check"}:
             values["demo"] = True
         settings = cls(**values)
-        if settings.demo and not is_loopback(settings.host):
+        if settings.demo and not re.fullmatch(LOOPBACK, settings.host):
             why = "with --demo, or without SEGMENT_SHARED_SECRET"
             raise SettingsError(f"{why}, --host has to be loopback, as 127.0.0.1 is")
         return settings
@@ -196,21 +196,18 @@ def convert(field: dataclasses.Field[Any], source: str, text: str) -> Any:
     raise SettingsError(f"{source} {why}")
 
 
-def is_loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
-    return False
-
-
 # --- 2. Authenticity ------------------------------------------------------------------
 
 
 @dataclasses.dataclass(eq=False)
 class Refused(Exception):
-    """Segment gives up on a status of 4xx at once, and tries 5xx again for hours."""
+    """A request or an event is not accepted: HTTP status, reason for sender and log.
+
+    Segment gives up on 4xx at once, and tries 5xx again for four hours.
+    """
 
     status: int
-    reason: str  # for sender and log
+    reason: str
 
 
 def sign(body: bytes, secret: bytes) -> str:
@@ -233,10 +230,10 @@ WRAPPER = b'{"json":'
 
 def first_event(batch: bytes) -> bytes:
     """Returns the bytes of a batch's first object, found without parsing it."""
-    depth, found = 0, STRING_OR_BRACE.finditer(batch, 1, 1 + MAX_FIRST_EVENT_BYTES)
+    level, found = 0, STRING_OR_BRACE.finditer(batch, 1, 1 + MAX_FIRST_EVENT_BYTES)
     for match in itertools.islice(found, MAX_FIRST_EVENT_STEPS):
-        depth += {b"{": 1, b"}": -1}.get(match[0], 0)
-        if depth == 0 and match[0] == b"}":
+        level += {b"{": 1, b"}": -1}.get(match[0], 0)
+        if level == 0 and match[0] == b"}":
             return batch[1 : match.end()]
     return b""
 
@@ -253,7 +250,7 @@ def authenticate(body: bytes, signature: str, settings: Settings) -> bool:
     if verify(body, signature, keys):
         return False
     is_batch, trusted = body.startswith(b"["), settings.trust_batches
-    only = body[1:-1] if is_batch and body.endswith(b"]") else b""
+    only = body[1:-1] if is_batch else b""
     first = first_event(body) if is_batch and trusted else b""
     for event in filter(None, (only, first)):
         if verify(event, signature, keys):
@@ -875,7 +872,6 @@ class Storage:
 TCHAR = "[!#$%&'*+.^_`|~0-9A-Za-z-]"
 TOKEN = f"{TCHAR}+"
 AUTHORITY = r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]+"
-LOOPBACK = r"(?i:localhost|127(?:\.[0-9]+){3}|\[::1\])(?::[0-9]*)?"
 REQUEST_LINE = re.compile(
     rf"({TOKEN}) ((?:(?i:https?)://({AUTHORITY}))?(/[!->@-~]*)(?:\?([!-~]*))?)"
     r" (HTTP/1\.[01])"
@@ -1239,7 +1235,7 @@ class DemoHandler(Handler):
     def end_headers(self) -> None:
         """Lets demo.html read answers, opened as a file or from another port here."""
         origin = self.headers.get("origin", "")
-        if re.fullmatch(f"null|https?://{LOOPBACK}", origin):
+        if re.fullmatch(f"null|https?://{LOOPBACK}(:[0-9]+)?", origin):
             self.send_header("Access-Control-Allow-Origin", origin)
             self.send_header("Vary", "Origin")
         super().end_headers()
@@ -1247,7 +1243,8 @@ class DemoHandler(Handler):
     def require_loopback(self) -> None:
         """Raises Refused (403) for another Host: DNS rebinding lets a site read."""
         proxied = {"forwarded", "x-forwarded-for", "via"} & self.headers.keys()
-        if proxied or not re.fullmatch(LOOPBACK, self.headers.get("host", "")):
+        host = self.headers.get("host", "")
+        if proxied or not re.fullmatch(f"{LOOPBACK}(:[0-9]*)?", host):
             raise Refused(403, "the demo is served to this machine only")
 
 
@@ -1424,7 +1421,7 @@ def open_listener(settings: Settings) -> tuple[socket.socket, str]:
     except (OSError, TypeError) as error:  # é..x is no host name
         raise SettingsError(f"cannot listen on {where}: {describe(error)}") from None
     address = listener.getsockname()
-    if settings.demo and not is_loopback(str(address[0])):
+    if settings.demo and not re.fullmatch(LOOPBACK, str(address[0])):
         raise SettingsError("systemd's socket is not loopback's, as a demo's must be")
     if not isinstance(address, tuple):
         return listener, f"unix:{address}"
@@ -1648,8 +1645,6 @@ async def serve(settings: Settings) -> int:
 
 def main() -> NoReturn:
     """Runs the receiver until SIGTERM, SIGINT or SIGHUP, and ends the process."""
-    while os.open(os.devnull, os.O_RDWR) < 3:  # else a socket would be standard error
-        pass
     logging.raiseExceptions = False  # a log that cannot be written changes nothing
     logging.lastResort = None  # pymongo's and asyncio's own words are for nobody
     waiting: queue.Queue[Any] = queue.Queue(MAX_LOG_RECORDS)
