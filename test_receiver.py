@@ -1328,6 +1328,7 @@ def test_a_slow_mongodb_gets_every_event(
     wait_until_delivered(receiver)
     assert stored_by_id(receiver) == {event["messageId"]: event}
     assert ("waits for MongoDB" in receiver.log) is (not size)
+    assert "takes events again" not in receiver.log  # not as fast as a fresh one needs
 
 
 @concurrently
@@ -1347,6 +1348,7 @@ def test_fresh_events_overtake_a_large_dump_which_takes_little_memory(
     pad = "x" * 20_000
     dump = lay(receiver, "dump.bson", *({"_id": n, "pad": pad} for n in range(2000)))
     assert post() == 202
+    lay(receiver, "foreign.bson", b"\xff\xff\xff\x7f", bytes(50 << 20))  # says: 2 GB
     own_mongod.start()
     wait_until(lambda: post() == 200)
     assert dump.exists()
