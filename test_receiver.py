@@ -1344,12 +1344,12 @@ def test_fresh_events_overtake_a_large_dump_which_takes_little_memory(
 
     assert post() == 200
     before = receiver.peak_memory()
-    own_mongod.kill()
+    own_mongod.process.send_signal(signal.SIGSTOP)
     pad = "x" * 20_000
     dump = lay(receiver, "dump.bson", *({"_id": n, "pad": pad} for n in range(2000)))
     assert post() == 202
     lay(receiver, "foreign.bson", b"\xff\xff\xff\x7f", bytes(50 << 20))  # says: 2 GB
-    own_mongod.start()
+    own_mongod.process.send_signal(signal.SIGCONT)
     wait_until(lambda: post() == 200)
     assert dump.exists()
     wait_until_delivered(receiver)
