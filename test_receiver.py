@@ -1967,10 +1967,9 @@ def test_a_body_counts_with_what_has_come_of_it(start: Start) -> None:
             client.sendall(b"x")
         assert receiver.post(track(text="x" * 1_000_000)).status == 200
         assert not readable(*clients)
-        for client in clients:
-            client.sendall(bytes(LIMIT - 99))
-            if readable(*clients, seconds=0.2):
-                break
+        for client, size in zip(clients, (LIMIT - 99, LIMIT - 99, 999)):  # over two LIMITs
+            client.sendall(bytes(size))
+        assert readable(*clients, seconds=30)
         [answer] = parse_answers(clients[0].recv(4096))
         assert answer.status == 503 and answer.headers["Retry-After"]
         assert not readable(*clients[1:])
