@@ -407,6 +407,9 @@ def open_collection(settings: Settings) -> Any:
     source = "MONGODB_URI"
     # How soon a host is asked again that swallows packets, or a primary that was lost.
     options: dict[str, Any] = {"connectTimeoutMS": 2000, "heartbeatFrequencyMS": 1000}
+    # The spool tries again. pymongo's own retry, which Atlas's strings ask for, repeats
+    # the error of a failed connection at a standalone until time is out (seen in 4.20).
+    options["retryWrites"] = False
     options = {n: v for n, v in options.items() if n.lower() not in uri.lower()}
     options |= {"connect": False, "appname": "segment-receiver"}
     try:
