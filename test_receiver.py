@@ -60,7 +60,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 15.0) -> Any:
+def wait_until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
     """Returns what the condition returns as soon as that is true, or fails."""
     deadline = time.monotonic() + seconds
     while not (result := condition()):
@@ -952,17 +952,17 @@ def test_writes_are_majority_and_journaled_or_as_the_uri_says(
 
 @concurrently
 def test_too_many_events_in_flight_are_503(start: Start, own_mongod: Mongod) -> None:
-    receiver = start(uri=own_mongod.uri)
+    receiver = start(uri=own_mongod.uri, command=hurried(MAX_WAITING_EVENTS=30))
     own_mongod.process.send_signal(signal.SIGSTOP)
-    batches = [[{"_id": f"{b}-{n}"} for n in range(4000)] for b in range(8)]
+    batches = [[{"_id": f"{b}-{n}"} for n in range(9)] for b in range(8)]
     bodies = [json.dumps(batch).encode() for batch in batches]
     answers = together(*[functools.partial(receiver.post, body) for body in bodies])
     own_mongod.process.send_signal(signal.SIGCONT)
     statuses = [answer.status for answer in answers]
-    assert set(statuses) == {202, 503} and statuses.count(202) >= 4, statuses
+    assert statuses.count(202) == 3 and statuses.count(503) == 5
     assert all(a.headers["Retry-After"] for a in answers if a.status == 503)
-    taken = statuses.count(202) * 4000
-    wait_until(lambda: receiver.events().count_documents({}) == taken)
+    wait_until(lambda: receiver.events().count_documents({}) == 27)
+    assert receiver.post([{"_id": n} for n in range(31)]).status < 300  # it alone may
 
 
 # --- Storage: repeats ---------------------------------------------------------------------
@@ -1489,7 +1489,7 @@ def under_load(*receivers: Receiver) -> Iterator[Callable[..., None]]:
             ending.set()
     assert len(list(sending)) == 4  # none has failed
     for receiver in receivers:
-        wait_until_delivered(receiver, 40)
+        wait_until_delivered(receiver, 100)
         assert not kept(receiver)
     stored = stored_by_id(receivers[0])
     for seconds, status, event in answered:
@@ -1970,7 +1970,7 @@ def test_a_body_counts_with_what_has_come_of_it(start: Start) -> None:
             client.sendall(b"x")
         assert receiver.post(track(text="x" * 1_000_000)).status == 200
         assert not readable(*clients)
-        for client, size in zip(clients, (LIMIT - 99, LIMIT - 99, 999)):  # over two LIMITs
+        for client, size in zip(clients, [LIMIT - 99] * 2 + [999]):  # over the limit
             client.sendall(bytes(size))
         assert readable(*clients, seconds=30)
         [answer] = parse_answers(clients[0].recv(4096))
