@@ -906,6 +906,7 @@ SPARE_FILES = 64  # descriptors for MongoDB, the disk, the log, those who find n
 INCOMPLETE = 408, "the request was not complete in time"
 UNANSWERED = 503, "not stored in time"
 NO_ROOM = 503, "too many connections"
+NO_MEMORY = 503, "too many large bodies in flight"
 
 
 def members(value: str) -> list[str]:
@@ -1311,13 +1312,18 @@ class Server:
         newest.evicted = True
 
     def hold(self, handler: Handler) -> None:
-        """Counts what has come of a body; too much ends the one that began first."""
+        """Counts what has come of a body; too much ends the one that began first.
+
+        Raises Refused (503) where that is the handler itself.
+        """
         self.bodies[handler] = len(handler.buffer)
         most = max(MAX_BODIES_BYTES, self.settings.max_body_bytes)
         while sum(self.bodies.values()) > most:
             first = next(each for each in self.bodies if each.late is not UNANSWERED)
             del self.bodies[first]
-            first.end((503, "too many large bodies in flight"))
+            if first is handler:  # a cancellation waits while there is more to read
+                raise Refused(*NO_MEMORY)
+            first.end(NO_MEMORY)
 
     async def watch(self, mongod: EmbeddedMongoDB) -> None:
         """Looks a few times a second who is late, and does what else is due."""

@@ -1965,13 +1965,17 @@ def test_a_body_counts_with_what_has_come_of_it(start: Start) -> None:
         clients = [stack.enter_context(receiver.connect()) for _ in range(20)]
         for client in clients:
             client.sendall(promise)
-            time.sleep(0.5 if client is clients[0] else 0)  # who was clearly the first
+        receiver.health()  # so it has read all that
         for client in clients:
             client.sendall(b"x")
-        assert receiver.post(track(text="x" * 1_000_000)).status == 200
+            assert receiver.post(track(text="x" * 1_000_000)).status == 200
         assert not readable(*clients)
-        for client, size in zip(clients, [LIMIT - 99] * 2 + [999]):  # over the limit
-            client.sendall(bytes(size))
+        for client in clients[1:3]:
+            client.sendall(bytes(LIMIT - 99))
+        time.sleep(0.3)
+        receiver.process.send_signal(signal.SIGSTOP)  # so that it reads it in one go
+        clients[0].sendall(bytes(1 << 18))
+        receiver.process.send_signal(signal.SIGCONT)
         assert readable(*clients, seconds=30)
         [answer] = parse_answers(clients[0].recv(4096))
         assert answer.status == 503 and answer.headers["Retry-After"]
