@@ -55,9 +55,15 @@ LONG = bool(os.environ.get("LONG"))
 # --- Helpers ----------------------------------------------------------------------------
 
 
+# Below those that the kernel gives to clients, and none twice.
+PORTS = itertools.count(random.randrange(10_000, 25_000))
+
+
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+    for port in PORTS:
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
