@@ -794,7 +794,7 @@ class Storage:
         A round tries all due files, refused ones last, until an insert fails whole; the
         next begins behind that file, so that none holds up others.
         """
-        after, progress = "", dict[str, Progress]()
+        after, progress = (False, ""), dict[str, Progress]()
         while True:
             found: dict[str, float] = {}
             with contextlib.suppress(Exception):  # of a folder that cannot be read
@@ -803,8 +803,8 @@ class Storage:
                     await self.on_disk(self.disk.probe, self.failing)
                     self.failing = 0
             progress = {n: p for n, p in progress.items() if n in found}
-            order = [(n.endswith(REFUSED), n <= after, n) for n in found]
-            for is_refused, _, name in sorted(order):
+            order = sorted((name.endswith(REFUSED), name) for name in found)
+            for is_refused, name in sorted(order, key=lambda each: each <= after):
                 # A time in the future counts as past.
                 if is_refused and 0 <= found[name] < REFUSED_SECONDS:
                     continue
@@ -816,7 +816,7 @@ class Storage:
                     log.warning("spool/%s waits: %s", name, describe(error))
                 except Exception as error:  # noqa: BLE001, it is tried again
                     log.warning("spool/ waits for MongoDB: %s", describe(error))
-                    after = name
+                    after = is_refused, name
                     break
             else:
                 self.up = True  # so that the next fresh event tries MongoDB
@@ -830,10 +830,10 @@ class Storage:
     async def _deliver(self, name: str, progress: Progress) -> None:
         """Delivers a file piece by piece. Raises OSError, or what an insert raised.
 
-        What is refused is in a file of its own before this one goes. After a failure,
-        but one to reach a server, the next piece is half as large and has twice the
-        time, for a slow link or cluster. A document that alone fails twice, and not for
-        lack of time, is refused like others.
+        What is refused is in a file of its own before this one goes. After a failure
+        the next piece is half as large, and has twice the time unless no server was
+        reached, for a slow link or cluster. A document that alone fails twice, and not
+        for lack of time, is refused like others.
         """
         again = name.endswith(REFUSED)
         while True:
@@ -847,11 +847,11 @@ class Storage:
                 results = await self._insert(piece, seconds)
                 progress.most = min(progress.most * 2, PIECE_BYTES)
             except Exception as error:
+                progress.most = max(size // 2, 1)
                 no_server = isinstance(error, errors.ConnectionFailure)
                 if no_server and not isinstance(error, errors.NetworkTimeout):
                     raise
                 progress.failures += 1
-                progress.most = max(size // 2, 1)
                 is_late = getattr(error, "timeout", False)
                 if len(piece) > 1 or is_late or progress.failures < 2:
                     raise
@@ -989,7 +989,7 @@ class Handler(BaseHTTPRequestHandler):
         self.enter(SEND_SECONDS, UNANSWERED)
         self.writer.write(self.wfile.getvalue())
         await self.writer.drain()
-        self.server.handlers[self] = time.monotonic()
+        self.server.handlers[self] = self.server.clock
         self.server.handlers.move_to_end(self)
 
     async def receive(self) -> None:
@@ -1262,7 +1262,7 @@ class Server:
         storage.counters["unauthorized"] = 0
         run = asyncio.get_running_loop().run_in_executor
         self.in_thread = functools.partial(run, ThreadPoolExecutor(1))
-        # When each came or last completed a request, in this order, evicted ones too.
+        # When, by the clock, each came or last completed a request, in this order.
         self.handlers: OrderedDict[Handler, float] = OrderedDict()
         self.bodies: dict[Handler, int] = {}  # bytes of those that come in parts
         self._most = settings.max_connections
@@ -1287,9 +1287,9 @@ class Server:
             await asyncio.sleep(0.02)
         self.inner.close()
         while self.handlers:
-            now = time.monotonic()
+            over, recently = time.monotonic() > end, self.clock - GRACE_SECONDS
             for handler, since in self.handlers.items():
-                if now > end or (handler.late is None and now - since > GRACE_SECONDS):
+                if over or (handler.late is None and since < recently):
                     handler.end(None)
             await asyncio.sleep(0.02)
 
@@ -1298,12 +1298,12 @@ class Server:
         handler = (DemoHandler if self.settings.demo else Handler)(self, reader, writer)
         if sum(not each.evicted for each in self.handlers) >= self._most:
             self._make_room(handler)
-        self.handlers[handler] = time.monotonic()
+        self.handlers[handler] = self.clock
         handler.task = asyncio.create_task(handler.handle())
 
     def _make_room(self, newest: Handler) -> None:
         """Ends the connection that waits longest, or the newest if no other may go."""
-        recently = time.monotonic() - GRACE_SECONDS
+        recently = self.clock - GRACE_SECONDS
         for handler, since in self.handlers.items():
             if not (handler.late is UNANSWERED or handler.evicted or since > recently):
                 handler.evicted = True

@@ -974,18 +974,20 @@ def test_too_many_events_in_flight_are_503(start: Start, own_mongod: Mongod) -> 
 # --- Storage: repeats ---------------------------------------------------------------------
 
 
-def without_key_patterns(mongod: Mongod) -> str:
-    """Returns the URI of a proxy whose duplicate keys do not say which key it is.
-
-    That is how MongoDB-compatible services answer, and no MongoDB.
-    """
+def behind_proxy(mongod: Mongod, change: Callable[[bytes, int], bytes]) -> str:
+    """Returns the URI of a proxy that passes on what is made of each piece, of which it
+    tells how many bytes came before; an OSError breaks the connection."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def carry(source: socket.socket, sink: socket.socket) -> None:
+        passed = 0
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
-                sink.sendall(data.replace(b"\3keyPattern\0", b"\3otherwords\0"))
-            sink.shutdown(socket.SHUT_WR)
+                sink.sendall(change(data, passed))
+                passed += len(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
     def accept() -> None:
         while True:
@@ -996,6 +998,11 @@ def without_key_patterns(mongod: Mongod) -> str:
 
     threading.Thread(target=accept, daemon=True).start()
     return f"mongodb://127.0.0.1:{listener.getsockname()[1]}/"
+
+
+def without_key_pattern(data: bytes, _: int) -> bytes:
+    """That is how MongoDB-compatible services answer, and no MongoDB."""
+    return data.replace(b"\3keyPattern\0", b"\3otherwords\0")
 
 
 NEW, REPEAT, WAITS = "stored", "duplicates", "refused"
@@ -1039,8 +1046,8 @@ def test_a_repeat_is_the_same_event_and_anything_else_waits(
     start: Start, mongod: Mongod, special: str
 ) -> None:
     prepare, rows = REPEATS[special]
-    by_proxy = "keyPattern" in special
-    receiver = start(uri=without_key_patterns(mongod) if by_proxy else mongod.uri)
+    proxy = functools.partial(behind_proxy, mongod, without_key_pattern)
+    receiver = start(uri=proxy() if "keyPattern" in special else mongod.uri)
     events = mongod.client[receiver.database].events
     prepare(events)
     before = events.count_documents({})
@@ -1364,6 +1371,27 @@ def test_fresh_events_overtake_a_large_dump_which_takes_little_memory(
     wait_until_delivered(receiver)
     assert receiver.events().count_documents({}) == 2000 + len(statuses)
     assert receiver.peak_memory() - before < 20 << 20
+
+
+@concurrently
+def test_a_link_that_breaks_stops_only_what_cannot_pass(
+    start: Start, mongod: Mongod
+) -> None:
+    def breaking(data: bytes, passed: int) -> bytes:
+        if passed > 400_000:
+            raise ConnectionError
+        return data
+
+    command = hurried(RETRY_SECONDS=0.05)
+    receiver = start(uri=behind_proxy(mongod, breaking), command=command)
+    large = lay(receiver, "a.bson", {"_id": "large", "pad": "x" * 1_000_000})
+    lay(receiver, "b.bson", *({"_id": n, "pad": "x" * 100_000} for n in range(30)))
+    rested = lay(receiver, "c.refused.bson", {"_id": "refused before"})
+    os.utime(rested, (0, 0))
+    events = mongod.client[receiver.database].events
+    wait_until(lambda: events.count_documents({}) == 31)
+    wait_until(lambda: receiver.health()["spool_files"] == 1)
+    assert large.exists() and not kept(receiver)
 
 
 @concurrently
@@ -2005,7 +2033,12 @@ def test_who_waits_longest_makes_room(start: Start, own_mongod: Mongod) -> None:
         for client in clients:  # each may have its next request on its way
             client.sendall(HEALTH)
             assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
-        refused = receiver.raw(b"")  # one more
+        receiver.process.send_signal(signal.SIGSTOP)  # which counts for little
+        again = time.monotonic() + 1.5
+        newest = stack.enter_context(receiver.connect())
+        wait_until(lambda: time.monotonic() > again)
+        receiver.process.send_signal(signal.SIGCONT)
+        refused = read_answers(newest)
         own_mongod.process.send_signal(signal.SIGSTOP)
         busy, idle, head, body = clients
         for client, end in ((busy, None), (head, 10), (body, -10)):
