@@ -291,6 +291,15 @@ class Receiver:
         return self.get("/health" + QUERY).json
 
 
+@contextlib.contextmanager
+def paused(receiver: Receiver) -> Iterator[None]:
+    receiver.process.send_signal(signal.SIGSTOP)
+    end = time.monotonic() + 1.5
+    yield
+    wait_until(lambda: time.monotonic() > end)
+    receiver.process.send_signal(signal.SIGCONT)
+
+
 Start = Callable[..., Receiver]
 Nodes = Callable[..., list[Mongod]]
 
@@ -2033,11 +2042,8 @@ def test_who_waits_longest_makes_room(start: Start, own_mongod: Mongod) -> None:
         for client in clients:  # each may have its next request on its way
             client.sendall(HEALTH)
             assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
-        receiver.process.send_signal(signal.SIGSTOP)  # which counts for little
-        again = time.monotonic() + 1.5
-        newest = stack.enter_context(receiver.connect())
-        wait_until(lambda: time.monotonic() > again)
-        receiver.process.send_signal(signal.SIGCONT)
+        with paused(receiver):  # which counts for little
+            newest = stack.enter_context(receiver.connect())
         refused = read_answers(newest)
         own_mongod.process.send_signal(signal.SIGSTOP)
         busy, idle, head, body = clients
@@ -2409,6 +2415,21 @@ def test_a_signal_finishes_the_requests_in_hand(
         assert receiver.events().find_one({"_id": event["messageId"]})
         said = [line.split()[1:3] for line in receiver.log.splitlines()]
         assert said == [["INFO", w] for w in ("listening", "stopping", "stopped")]
+
+
+@concurrently
+def test_a_stop_waits_for_who_was_just_answered(start: Start) -> None:
+    receiver = start()
+    with receiver.connect() as client:
+        client.sendall(HEALTH)
+        assert client.recv(4096)
+        receiver.process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        with paused(receiver):
+            client.sendall(HEALTH)
+        [answer] = read_answers(client)
+    assert answer.status == 200 and answer.headers["Connection"] == "close"
+    assert receiver.process.wait(15) == 0
 
 
 @pytest.mark.parametrize(
