@@ -107,6 +107,10 @@ class Mongod:
         self.process.kill()
         self.process.wait()
 
+    def hang(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)  # each of its threads
+
     def stop(self) -> None:
         self.kill()
         with pymongo.timeout(0.5):  # to take leave of one that is dead
@@ -938,7 +942,7 @@ def test_a_bad_event_fails_alone_in_its_batch(start: Start, own_mongod: Mongod) 
     own_mongod.client[receiver.database].create_collection("events", **FORBIDDEN)
     good, bad = [track() for _ in range(30)], track(forbidden=True)
     before = inserts(own_mongod)
-    own_mongod.process.send_signal(signal.SIGSTOP)  # so that all of them gather
+    own_mongod.hang()  # so that all of them gather
     threading.Timer(0.3, own_mongod.process.send_signal, [signal.SIGCONT]).start()
     sent = [bad, *good, *good[:1] * 9]
     answers = together(*[functools.partial(receiver.post, event) for event in sent])
@@ -968,7 +972,7 @@ def test_writes_are_majority_and_journaled_or_as_the_uri_says(
 @concurrently
 def test_too_many_events_in_flight_are_503(start: Start, own_mongod: Mongod) -> None:
     receiver = start(uri=own_mongod.uri, command=hurried(MAX_WAITING_EVENTS=30))
-    own_mongod.process.send_signal(signal.SIGSTOP)
+    own_mongod.hang()
     batches = [[{"_id": f"{b}-{n}"} for n in range(9)] for b in range(8)]
     bodies = [json.dumps(batch).encode() for batch in batches]
     answers = together(*[functools.partial(receiver.post, body) for body in bodies])
@@ -1368,7 +1372,7 @@ def test_fresh_events_overtake_a_large_dump_which_takes_little_memory(
     before = receiver.peak_memory()
     pad = "x" * 20_000
     documents = [{"_id": n, "pad": pad} for n in range(2000)]
-    own_mongod.process.send_signal(signal.SIGSTOP)
+    own_mongod.hang()
     status, dump = together(post, lambda: lay(receiver, "dump.bson", *documents))
     assert status == 202
     # It has tried to connect, and does not go on with that error when MongoDB is back.
@@ -2045,7 +2049,7 @@ def test_who_waits_longest_makes_room(start: Start, own_mongod: Mongod) -> None:
         with paused(receiver):  # which counts for little
             newest = stack.enter_context(receiver.connect())
         refused = read_answers(newest)
-        own_mongod.process.send_signal(signal.SIGSTOP)
+        own_mongod.hang()
         busy, idle, head, body = clients
         for client, end in ((busy, None), (head, 10), (body, -10)):
             client.sendall(signed({})[:end])
@@ -2402,7 +2406,7 @@ def test_a_signal_finishes_the_requests_in_hand(
         assert receiver.post([track(), track()]).status == 200
         with receiver.connect() as idle, ThreadPoolExecutor() as pool:
             event = track()
-            own_mongod.process.send_signal(signal.SIGSTOP)
+            own_mongod.hang()
             answer = pool.submit(receiver.post, event)
             time.sleep(0.3)
             receiver.process.send_signal(number)
@@ -2441,7 +2445,7 @@ def test_stopping_waits_for_nothing_that_hangs(
 ) -> None:
     receiver = start(uri=own_mongod.uri, command=WATCHED)
     assert receiver.post(track()).status == 200
-    own_mongod.process.send_signal(signal.SIGSTOP)
+    own_mongod.hang()
     if hangs == "the disk, too":
         (receiver.folder / "hang").touch()
     with ThreadPoolExecutor() as pool:
@@ -2509,7 +2513,7 @@ def test_systemd_hands_over_its_socket_and_is_told_how_it_is(
     assert receiver.post(track()).status == 200
     wait_for("WATCHDOG=1\nSTATUS=1 stored, 0 spooled, MongoDB up")
     # An insert that takes too long stops the watchdog's feed as long as it lasts.
-    own_mongod.process.send_signal(signal.SIGSTOP)
+    own_mongod.hang()
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(receiver.post, track())
         systemd.settimeout(1.5)
