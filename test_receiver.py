@@ -2448,7 +2448,8 @@ def test_stopping_waits_for_nothing_that_hangs(
     own_mongod.hang()
     if hangs == "the disk, too":
         (receiver.folder / "hang").touch()
-    with ThreadPoolExecutor() as pool:
+    with receiver.connect() as slow, ThreadPoolExecutor() as pool:
+        slow.sendall(NO_BODY.replace(b"40\r\n", b"%d\r\n" % LIMIT))  # it has minutes
         answer = pool.submit(receiver.post, track())
         time.sleep(0.2)
         receiver.stop()  # fails after 15 seconds
