@@ -819,6 +819,7 @@ class Storage:
                     after = is_refused, name
                     break
             else:
+                after = False, ""
                 self.up = True  # so that the next fresh event tries MongoDB
                 if self.reachable:
                     self.failing = 0
@@ -897,7 +898,7 @@ HEAD_SECONDS = BODY_SECONDS = SEND_SECONDS = LINGER_SECONDS = 10.0
 BODY_BYTES_PER_SECOND = 100_000
 ANSWER_SECONDS = 4.0  # Segment waits five; two looks and the way there take the rest
 LOOK_SECONDS = 0.25
-GRACE_SECONDS = 1.0  # after it came or was answered its request may be on its way
+GRACE_SECONDS = 1.0 + LOOK_SECONDS  # so long its next request may be on its way
 READ_BYTES = 64 * KIB
 MAX_BODIES_BYTES = 32 * MIB  # of all bodies that have come in part
 SPARE_FILES = 64  # descriptors for MongoDB, the disk, the log, those who find no room

@@ -63,7 +63,6 @@ def free_port() -> int:
     for port in PORTS:
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
-    raise AssertionError
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
