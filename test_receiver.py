@@ -159,9 +159,7 @@ def readable(*clients: socket.socket, seconds: float = 0) -> bool:
         return bool(selector.select(seconds))
 
 
-@functools.cache
-def client_of(uri: str) -> Any:
-    return pymongo.MongoClient(uri)
+client_of: Any = functools.cache(pymongo.MongoClient)
 
 
 class Receiver:
@@ -179,13 +177,10 @@ class Receiver:
         pass_fds: tuple[int, ...] = (),
         **environment: str | None,
     ) -> None:
-        self.folder = folder
-        self.data = folder / "data"
+        self.folder, self.data = folder, folder / "data"
         self.port = int(environment.get("RECEIVER_PORT") or free_port())
-        self.database = "t" + uuid.uuid4().hex
-        self.mongodb_uri = mongodb_uri
-        self.command = (*command, *arguments)
-        self.pass_fds = pass_fds
+        self.mongodb_uri, self.database = mongodb_uri, "t" + uuid.uuid4().hex
+        self.command, self.pass_fds = (*command, *arguments), pass_fds
         variables = {
             "PATH": os.environ["PATH"],
             "SEGMENT_SHARED_SECRET": SHARED,
@@ -199,16 +194,10 @@ class Receiver:
         self.start()
 
     def start(self, wait: bool = True) -> None:
+        options: Any = {"cwd": self.folder, "env": self.environment}
         with open(self.folder / "log", "ab") as log:
-            self.process = subprocess.Popen(
-                self.command,
-                cwd=self.folder,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=self.pass_fds,
-            )
+            options |= {"stdout": log, "stderr": log, "pass_fds": self.pass_fds}
+            self.process = subprocess.Popen(self.command, **options)
         if wait:
             wait_until(self.answers)
 
@@ -237,12 +226,6 @@ class Receiver:
     def events(self) -> Any:
         """Returns the collection, to look into it past the receiver."""
         return client_of(self.mongodb_uri)[self.database].events
-
-    def stored(self) -> dict[Any, Any]:
-        """Returns what is in it, by _id."""
-        return {document["_id"]: document for document in self.events().find()}
-
-    # Requests
 
     def connect(self) -> socket.socket:
         client = socket.create_connection(("127.0.0.1", self.port), timeout=30)
@@ -273,18 +256,12 @@ class Receiver:
         return self.request("GET", target, **headers)
 
     def post(
-        self,
-        event: Any,
-        *,
-        method: str = "POST",
-        target: str = TARGET,
-        signature: str | None = None,
-        **headers: str,
+        self, event: Any, method: str = "POST", target: str = TARGET, **headers: str
     ) -> Answer:
         """Sends an event, or the bytes of one, signed unless a signature is given."""
         body = event if isinstance(event, bytes) else json.dumps(event).encode()
-        signature = sign(body) if signature is None else signature
-        return self.request(method, target, body, X_Signature=signature, **headers)
+        headers = {"X_Signature": sign(body)} | headers
+        return self.request(method, target, body, **headers)
 
     def peak_memory(self) -> int:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -346,11 +323,9 @@ def track(**fields: Any) -> dict[str, Any]:
 
 def kept(receiver: Receiver) -> dict[bytes, str]:
     """Returns what stands under rejected/, with the reasons."""
-    folder = receiver.data / "rejected"
     return {
         path.read_bytes(): path.with_suffix(".reason.txt").read_text()
-        for path in folder.iterdir()
-        if not path.name.endswith(".reason.txt")
+        for path in (receiver.data / "rejected").glob("*.[bj]son")
     }
 
 
@@ -416,9 +391,6 @@ class Scene(contextlib.ExitStack):
         receiver = Receiver(folder, uri or self.mongod.uri, *arguments, **options)
         self.callback(receiver.end)
         return receiver
-
-    def without_mongodb(self, **options: Any) -> Receiver:
-        return self.start(uri=f"mongodb://127.0.0.1:{free_port()}/", **options)
 
     def start_mongod(self, name: str, *arguments: str) -> Mongod:
         mongod = Mongod(self.tmp_path / name, *arguments)
@@ -563,20 +535,15 @@ DEFAULTS = {
 CHOSEN: dict[str, tuple[dict[str, Any], str, Any]] = {
     "a flag before the environment": ({"--port": "1", "RECEIVER_PORT": "2"}, "port", 1),
     "RECEIVER_PORT before PORT": ({"RECEIVER_PORT": "2", "PORT": "3"}, "port", 2),
-    "PORT, as hosting platforms set it": ({"PORT": "3"}, "port", 3),
     "not HOST, which means something else": ({"HOST": "example.com"}, "host", "127.0.0.1"),
     "systemd's StateDirectory, the first of two": ({"STATE_DIRECTORY": "/a:/b"}, "data_dir", "/a"),
     "one's own folder before it": ({"STATE_DIRECTORY": "/a", "RECEIVER_DATA_DIR": "/b"}, "data_dir", "/b"),
     "0 for off": ({"SEGMENT_TRUST_BATCHES": "0"}, "trust_batches", False),
-    "true for on": ({"SEGMENT_TRUST_BATCHES": "true"}, "trust_batches", True),
     "a flag for on": ({"--trust-batches": "", "SEGMENT_TRUST_BATCHES": "0"}, "trust_batches", True),
     "several secrets": ({"SEGMENT_SHARED_SECRET": " a\tb\n"}, "shared_secrets", (b"a", b"b")),
     "several of systemd's credentials": (NO_SECRET | {"segment_shared_secret": "old\nnew\n"}, "shared_secrets", (b"old", b"new")),
     "a credential for the public secret": ({"segment_public_secret": "hunter2\n"}, "public_secrets", (b"hunter2",)),
     "a variable before a credential": ({"segment_shared_secret": "old"}, "shared_secrets", (b"s",)),
-    "MongoDB's address": ({"MONGODB_URI": "mongodb://a/"}, "mongodb_uri", "mongodb://a/"),
-    "a demo with secrets": ({"--demo": ""}, "demo", True),
-    "a demo for whoever has no secret yet": (NO_SECRET, "demo", True),
     **{f"{field} by default": ({}, field, value) for field, value in DEFAULTS.items()},
 }  # fmt: skip
 
@@ -594,27 +561,40 @@ VARIABLES = [
     "SEGMENT_SHARED_SECRET", "SEGMENT_PUBLIC_SECRET", "SEGMENT_TRUST_BATCHES", "MONGODB_URI", "MONGODB_DATABASE", "MONGODB_COLLECTION",
     *("RECEIVER_" + name for name in ("HOST", "PORT", "DATA_DIR", "MAX_BODY_BYTES", "MAX_CONNECTIONS", "MAX_SPOOL_BYTES")), "PORT",
 ]  # fmt: skip
+# What no setting takes, and no line may quote.
+BAD_VALUES: dict[str, list[str]] = {
+    "RECEIVER_PORT": ["http", "-1", "65536", "٣"],
+    "RECEIVER_MAX_BODY_BYTES": ["4MB"],
+    "RECEIVER_MAX_CONNECTIONS": ["0"],
+    "RECEIVER_MAX_SPOOL_BYTES": ["1.5"],
+    "SEGMENT_TRUST_BATCHES": ["perhaps"],
+    # The process list would show it.
+    "--shared-secret": ["hunter2"],
+    "--mongodb-uri": [URI, "mongodb://a/?tlsCertificateKeyFilePassword=hunter2"],
+    # `docker run --env-file` keeps quotes, and then every event is a 401.
+    "SEGMENT_PUBLIC_SECRET": ['"hunter2"', "'hunter2'"],
+    "SEGMENT_SHARED_SECRET": [" \n", 'old "hunter2"', "a\x1fb", "a\x85b", "a\x0bb"],
+    # Control characters, and a byte that is no UTF-8 as Python hands it over.
+    "MONGODB_DATABASE": ["a\r", "a\udcff", "a b"],
+    "MONGODB_COLLECTION": ["a\nb", "a\udcff", "a$b"],
+    "RECEIVER_HOST": ["a\r", "a\udcff"],
+    "--data-dir": ["a\x1b", "a\udcff"],
+    # What pymongo refuses, or only warns about: tls=True connects without TLS.
+    "MONGODB_URI": [f'"{URI}"', "mongodb://", "mongodb://db.example:hunter2"]
+    + ["mongodb://u:hunter2/x@db.example", "mongodb://u:p@ss/hunter2@db.example"]
+    + [f"{URI}?{option}=True" for option in ("tls", "retryWrites", "hunter2")]
+    + [f"{URI}?{option}" for option in ("w=0", "w=0&journal=false", "fsync=true")]
+    + [URI + "?wtimeoutMS=hunter2", URI + "?tls=true&tlsCAFile=/hunter2"],
+}
 # What is given, and what the line says of it.
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    *(({name: value}, name) for name, value in (
-        *(("RECEIVER_PORT", value) for value in ("http", "-1", "65536", "٣")), ("--port", "http"), ("PORT", "-1"),
-        *(("RECEIVER_MAX_BODY_BYTES", "4MB"), ("RECEIVER_MAX_CONNECTIONS", "0"), ("RECEIVER_MAX_SPOOL_BYTES", "1.5")),
-        ("SEGMENT_TRUST_BATCHES", "perhaps"),
-        # The process list would show it.
-        *(("--no-such-flag", "hunter2"), ("--shared-secret", "hunter2"), ("--mongodb-uri", URI)),
-        ("--mongodb-uri", "mongodb://a/?tlsCertificateKeyFilePassword=hunter2"),
-        # A secret that failed to arrive must not become somebody's demo.
-        *((name, "") for name in VARIABLES), ("SEGMENT_SHARED_SECRET", " \n"),
-        # `docker run --env-file` keeps quotes, and then every event is a 401.
-        *((name, '"hunter2"') for name in VARIABLES[:2]), ("SEGMENT_SHARED_SECRET", "'hunter2'"), ("MONGODB_URI", f'"{URI}"'),
-        *(("SEGMENT_SHARED_SECRET", value) for value in ('old "hunter2"', "a\x1fb", "a\x85b", "a\x0bb")),
-        # Control characters, and a byte that is no UTF-8 as Python hands it over.
-        *((name, value) for name in ("MONGODB_DATABASE", "MONGODB_COLLECTION", "RECEIVER_HOST", "RECEIVER_DATA_DIR", "--data-dir")
-          for value in ("a\r", "a\nb", "a\x1b", "a\udcff")))),
+    *(({name: value}, name) for name, values in BAD_VALUES.items() for value in values),
+    # A secret that failed to arrive must not become somebody's demo.
+    *(({name: ""}, name) for name in VARIABLES),
+    *((NO_SECRET | {"segment_shared_secret": value}, "segment_shared_secret") for value in ("", " \n", "'quoted'")),
     # Also where another one counts.
     ({"RECEIVER_PORT": "1", "PORT": ""}, "^PORT is empty"), ({"--host": "::1", "RECEIVER_HOST": ""}, "RECEIVER_HOST is empty"),
-    ({"--demo": "hunter2"}, "argument"),
-    *((NO_SECRET | {"segment_shared_secret": value}, "segment_shared_secret") for value in ("", " \n", "'quoted'")),
+    ({"--demo": "hunter2"}, "argument"), ({"MONGODB_URI": URI.replace("mongodb", "http")}, "must begin with 'mongodb://'"),
     # A demo is for this machine.
     *((demo | {"RECEIVER_HOST": host}, f"{name}.*loopback") for host in ("0.0.0.0", "::", "192.0.2.1", "example.com")
       for name, demo in (("SEGMENT_SHARED_SECRET", NO_SECRET), ("--demo", {"--demo": ""}))),
@@ -626,47 +606,31 @@ def test_a_bad_value_is_one_line_that_names_the_setting(
     tmp_path: Path, given: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(product.SettingsError, match=words) as refused:
-        load(given, tmp_path)
-    assert str(refused.value).isprintable() and "hunter2" not in str(refused.value)
+        product.open_collection(load(given, tmp_path))
+    line = str(refused.value)
+    assert line.isprintable() and not re.search("hunter2|db.example", line)
 
 
-# What pymongo refuses, or only warns about: tls=True connects without TLS.
-BAD_URIS = [
-    "postgres://u:hunter2@db.example/", "mongodb://u:hunter2/x@db.example", "mongodb://", "mongodb://u:p@ss/hunter2@db.example",
-    "mongodb://db.example:hunter2", *(URI + "?" + option for option in ("w=0", "tls=True", "retryWrites=False", "hunter2=1",
-        "w=0&journal=false", "wtimeoutMS=hunter2", "fsync=true", "tls=true&tlsCAFile=/hunter2", "authSource=")),
-]  # fmt: skip
-
-
-@concurrently
-def test_a_bad_value_ends_the_process_with_a_line_and_2(tmp_path: Path) -> None:
+def test_what_it_cannot_use_ends_it_with_a_line_and_2(tmp_path: Path) -> None:
     (tmp_path / "spool").touch()
     usable = SECRET | {"RECEIVER_DATA_DIR": str(tmp_path / "data"), "PORT": "0"}
-    lines = set()
     for name, value, words in [
         ("RECEIVER_PORT", "http", "RECEIVER_PORT"),
         ("RECEIVER_HOST", "é..example", "cannot listen on é..example:0: "),
-        ("MONGODB_DATABASE", "a b", "MONGODB_DATABASE"),
-        ("MONGODB_COLLECTION", "a$b", "MONGODB_COLLECTION"),
+        ("MONGODB_URI", "mongodb://", "MONGODB_URI: "),
         ("RECEIVER_DATA_DIR", f"{tmp_path}", f"{tmp_path}/spool"),
         ("RECEIVER_DATA_DIR", f"{tmp_path}/spool/x", f"{tmp_path}/spool"),
-        *(("MONGODB_URI", uri, "MONGODB_URI: ") for uri in BAD_URIS),
     ]:
         ended = run(**usable | {name: value})
-        (line,) = ended.stderr.splitlines()
-        assert ended.returncode == 2 and words in line, value
-        assert not re.search("hunter2|db.example", line), value
-        lines.add(line)
-    assert len(lines) > 15  # each for pymongo's own reason
+        assert ended.returncode == 2 and words in ended.stderr, value
+        assert ended.stderr.count("\n") == 1, value
 
 
 def test_help_names_every_setting_and_default() -> None:
     text = " ".join(run("--help").stdout.split())
-    named = (*VARIABLES, "MONGOD", "--demo", "--check", "--trust-batches")
+    named = [*VARIABLES, "MONGOD", "--demo", "--check", "--trust-batches"]
+    named += [f"default {value}]" for value in DEFAULTS.values() if value]
     assert [name for name in named if name not in text] == []
-    for name, default in DEFAULTS.items():
-        shown = rf"--{name.replace('_', '-')} [^[]*\[[^]]*{default}\]"
-        assert not default or re.search(shown, text), name
 
 
 # --- Authenticity -----------------------------------------------------------------------
@@ -674,8 +638,9 @@ def test_help_names_every_setting_and_default() -> None:
 
 BEARER = "Bearer public/secret+\xc3\xa4"  # http.client writes Latin-1
 STOLEN = '{"messageId": "stolen", "type": "track"}'
+SIGNED = sign(STOLEN.encode())
 WELCOME: list[dict[str, str]] = [
-    {}, {"method": "PUT"}, {"method": "PATCH"}, {"signature": sign(b"{}").upper()},
+    {}, {"method": "PUT"}, {"method": "PATCH"}, {"X_Signature": sign(b"{}").upper()},
     {"target": TARGET.replace("?", "/?")}, {"target": "http://example.com" + TARGET}, {"target": TARGET.replace("?", "?a=b&xsecret=c&&") + "&d"},
     {"target": "/webhook", "Authorization": BEARER}, {"target": "/webhook", "Authorization": BEARER.replace("B", "b")},
     {"Authorization": "Bearer other"}, {"Authorization": "Basic eDp5"},  # somebody else's
@@ -688,8 +653,8 @@ STRANGERS: list[dict[str, str]] = [
     {"target": TARGET.replace("?", "?secret=x&")},
     *({"target": "/webhook", "Authorization": value} for value in ("Bearer wrong", "Bearer", BEARER[7:], "Basic" + BEARER[6:])),
     {"target": "/webhook?secret=x", "Authorization": BEARER},  # the query counts
-    *({"signature": value} for value in ("", "0" * 40, "x" * 40, "0" * 39, "\xc3\xa9", sign(b"other"), sign(STOLEN.encode(), "x"),
-        sign(STOLEN.encode()) * 2, "sha1=" + sign(STOLEN.encode()))),
+    *({"X_Signature": value} for value in ("", "x" * 40, "\xc3\xa9", sign(b"other"), sign(STOLEN.encode(), "x"), SIGNED * 2, "sha1=" + SIGNED,
+        SIGNED[:-1], SIGNED[:-1] + "e", "0" + SIGNED[1:])),
 ]  # fmt: skip
 
 
@@ -718,25 +683,14 @@ def test_secrets_may_be_several_and_public_ones_none(start: Start) -> None:
         (several, "old new", "a", 401), (several, "", "a", 401), (several, "old", "a+b", 401), (none, "new", "", 401),
     ]:  # fmt: skip
         target, signature = f"/webhook?secret={query}", sign(b"{}", shared)
-        assert receiver.post(b"{}", target=target, signature=signature).status == status
-
-
-def test_no_changed_bit_of_signature_or_body_is_accepted(receiver: Receiver) -> None:
-    good = signed({"_id": "stolen"}, "Connection: close")
-    start = good.index(b"X-Signature: ") + 13
-    for place in (*range(start, start + 40), *range(len(good) - 17, len(good))):
-        for bit in range(8):
-            changed = bytes([good[place] ^ 1 << bit])
-            if changed.lower() != good[place : place + 1]:  # digits have no case
-                [answer] = receiver.raw(good[:place] + changed + good[place + 1 :])
-                assert answer.status in (400, 401), (place, bit)
+        answer = receiver.post(b"{}", target=target, X_Signature=signature)
+        assert answer.status == status
 
 
 ODD, SMALL, LARGE = (
     json.dumps({"text": text}).encode()
     for text in ('}],{"\\"{[', "x" * 60_000, "x" * 70_000)
 )
-DEEP = b'{"a":' * 101 + b"1" + b"}" * 101
 BRACES = b'{"a":[' + b"{}," * 4999 + b"{}]}"
 # A batch, what of it is signed, its status, and where batches are trusted.
 BATCHES: dict[str, tuple[bytes, bytes, int, int]] = {
@@ -748,13 +702,8 @@ BATCHES: dict[str, tuple[bytes, bytes, int, int]] = {
     "its first event has 60 KB": (b"[%s,{}]" % SMALL, SMALL, 401, 200),
     "its first event is past 64 KiB": (b"[%s,{}]" % LARGE, LARGE, 401, 401),
     "another event is signed": (b"[%s,{}]" % ODD, b"{}", 401, 401),
-    "a part of it is signed": (b"[%s,{}]" % ODD, ODD[:-1], 401, 401),
-    "without an end": (b"[" + ODD[:-1], ODD[:-1], 401, 401),
     "not an array": (b" %s,{}]" % ODD, ODD, 401, 401),
-    "no comma": (b"[%s {}]" % ODD, ODD, 401, 400),
-    "only braces": (b"[" + b"{" * 1_000_000, b"{", 401, 401),
     "its first event has 10,000 braces": (b"[%s,{}]" % BRACES, BRACES, 401, 401),
-    "its first event is nested too deep": (b"[%s,{}]" % DEEP, DEEP, 401, 200),
 }  # fmt: skip
 
 
@@ -763,7 +712,7 @@ def test_a_longer_batch_is_let_in_by_its_first_event_if_trusted(start: Start) ->
     wary, trusting = start(), start("--trust-batches")
     wait_until(lambda: "batches are trusted" in trusting.log)
     for name, (body, part, *statuses) in BATCHES.items():
-        answers = [each.post(body, signature=sign(part)) for each in (wary, trusting)]
+        answers = [each.post(body, X_Signature=sign(part)) for each in (wary, trusting)]
         assert [answer.status for answer in answers] == statuses, name
         if body.startswith(b"[") and answers[0].status == 401:
             assert "SEGMENT_TRUST_BATCHES" in answers[0].json["error"]
@@ -1264,9 +1213,10 @@ def steps_of(receiver: Receiver) -> str:
 
 
 @concurrently
-def test_202_means_a_dump_on_the_disk(without_mongodb: Start) -> None:
-    # Its disk is of a kind that cannot fsync a folder.
-    receiver = without_mongodb(command=WATCHED, EINVAL="1")
+def test_202_means_a_dump_on_the_disk(start: Start) -> None:
+    # Its disk is of a kind that cannot fsync a folder, and there is no MongoDB.
+    uri = f"mongodb://127.0.0.1:{free_port()}/"
+    receiver = start(uri=uri, command=WATCHED, EINVAL="1")
     (receiver.folder / "steps").unlink()  # those of the start
     events = [track() for _ in range(20)]
     assert receiver.post(events).json == {"spooled": 20}
@@ -1464,11 +1414,11 @@ def test_a_file_laid_in_anothers_place_is_delivered_from_its_beginning(
         for name in ("first", "second")
     )
     spooled = lay(receiver, "dump.bson", *first, too_deep("deep"))
-    wait_until(lambda: "first0" in receiver.stored())
+    wait_until(lambda: "first0" in stored_by_id(receiver))
     spooled.unlink()
     lay(receiver, "dump.bson", *second)
     wait_until(lambda: not spooled.exists())
-    assert receiver.stored().keys() >= {event["_id"] for event in second}
+    assert stored_by_id(receiver).keys() >= {event["_id"] for event in second}
 
 
 @concurrently
@@ -1483,9 +1433,9 @@ def test_a_refused_file_rests_comes_last_and_no_wrong_clock_holds_it(
         tried = time.time() - age
         os.utime(file, (tried, tried))
     receiver.start()
-    wait_until(lambda: receiver.stored().keys() >= ages.keys())
+    wait_until(lambda: stored_by_id(receiver).keys() >= ages.keys())
     time.sleep(0.3)
-    assert "3 resting.refused" not in receiver.stored()
+    assert "3 resting.refused" not in stored_by_id(receiver)
     assert receiver.events().find_one(sort=[("$natural", 1)]) == {"_id": "4 new"}
 
 
@@ -1716,7 +1666,7 @@ def test_a_socket_or_secrets_of_no_use_are_a_line_and_2(tmp_path: Path) -> None:
 # --- HTTP -------------------------------------------------------------------------------
 
 LENGTH = f"Content-Length: {len(STOLEN)}"
-SIGNATURE = f"X-Signature: {sign(STOLEN.encode())}"
+SIGNATURE = f"X-Signature: {SIGNED}"
 UNSIGNED = "X-Signature: " + "0" * 40
 GET_HEALTH = "GET /health HTTP/1.1"
 HEALTH = message(GET_HEALTH, HOST)
@@ -1873,7 +1823,7 @@ def test_health_counts_for_those_who_know_the_public_secret(receiver: Receiver) 
     assert before.keys() == {"status", "mongodb", *counters.split()}
     for event in ({"_id": "a"}, {"_id": "a"}, {"a\0": 1}):
         receiver.post(event)
-    receiver.post({}, signature="x")
+    receiver.post({}, X_Signature="x")
     counted = [receiver.health()[name] - before[name] for name in counters.split()]
     assert counted == [1, 1, 1, 1, 0, 0, 0]
 
@@ -2089,7 +2039,7 @@ def test_mutated_requests_are_refused_and_not_stored(start: Start) -> None:
         assert statuses, sent
         assert statuses <= {100, 200, 400, 401, 404, 405, 411, 413, 414, 431}, sent
     assert receiver.post(event).status == 200
-    assert receiver.stored() == {"good": event}
+    assert [*receiver.events().find()] == [event]
     assert "internal error" not in receiver.log
 
 
