@@ -163,10 +163,7 @@ client_of: Any = functools.cache(pymongo.MongoClient)
 
 
 class Receiver:
-    """The receiver as a process, with a data folder, log and database of its own.
-
-    A variable of the environment that is None is not set.
-    """
+    """The receiver as a process; a variable that is None is not in its environment."""
 
     def __init__(
         self,
@@ -486,10 +483,8 @@ def shared(*arguments: str, **options: Any) -> Any:
 
 receiver = shared()
 demo_receiver = shared("--demo")
-DEADLINES = ("IDLE", "HEAD", "BODY", "SEND", "LINGER")
-hurried_receiver = shared(
-    "--demo", command=hurried(**{f"{name}_SECONDS": 1.0 for name in DEADLINES})
-)
+DEADLINES = [f"{name}_SECONDS" for name in ("IDLE", "HEAD", "BODY", "SEND", "LINGER")]
+hurried_receiver = shared("--demo", command=hurried(**dict.fromkeys(DEADLINES, 1.0)))
 
 
 def message(*lines: str, body: str = "") -> bytes:
@@ -512,10 +507,7 @@ def signed(event: Any, *fields: str, request_line: str = POST) -> bytes:
 
 
 def load(given: Mapping[str, str | None], folder: Path) -> product.Settings:
-    """Loads flags, variables, and systemd's credentials, named in small letters.
-
-    A shared secret is among them unless that is None.
-    """
+    """Loads flags, variables, and systemd's credentials, named in small letters."""
     flags, variables = [], SECRET | {"CREDENTIALS_DIRECTORY": str(folder)} | given
     for name, value in given.items():
         if name.startswith("--"):
@@ -807,13 +799,8 @@ def test_a_batch_is_answered_with_counts(receiver: Receiver) -> None:
     batch = [track() for _ in range(1000)]
     mixed = [track(), {"_id": [1]}, batch[0], {"a\0": 1}, batch[0], {}]
     whole = [{"json": {"whole": 1}}]  # not unwrapped, as it is signed itself
-    for events, inserted, duplicates, rejected in [
-        (batch, 1000, 0, 0),
-        (batch, 0, 1000, 0),
-        (mixed, 2, 2, 2),
-        (whole, 1, 0, 0),
-        ([], 0, 0, 0),
-    ]:
+    rows = [(batch, 1000, 0, 0), (mixed, 2, 2, 2), (whole, 1, 0, 0), ([], 0, 0, 0)]
+    for events, inserted, duplicates, rejected in rows:
         counts = {"inserted": inserted, "duplicates": duplicates, "rejected": rejected}
         answer = receiver.post(events)
         assert (answer.status, answer.json) == (200, counts)
@@ -1200,10 +1187,6 @@ def test_a_kill_at_any_step_loses_nothing(start: Start, mongod: Mongod) -> None:
     receiver = start(command=WATCHED)
     mongod.client[receiver.database].create_collection("events", **FORBIDDEN)
     promised: dict[str, dict[str, Any]] = {}
-
-    def ended() -> bool:
-        return receiver.process.poll() is not None
-
     for number in itertools.count(1):
         receiver.stop()
         receiver.data = receiver.folder / f"data{number}"
@@ -1220,8 +1203,8 @@ def test_a_kill_at_any_step_loses_nothing(start: Start, mongod: Mongod) -> None:
             wait_until(receiver.answers)
             if receiver.post(event).status == 202:
                 promised[event["messageId"]] = event
-        wait_until(lambda file=file: ended() or not file.exists())
-        if not ended():
+        wait_until(lambda file=file: receiver.process.poll() or not file.exists())
+        if receiver.process.poll() is None:
             break
     assert number > 8, steps_of(receiver)
     assert re.search("insert_many .*fsync folder .*unlink", steps_of(receiver))
@@ -1344,16 +1327,13 @@ def small_disk(folder: Path) -> Iterator[None]:
 def test_a_file_laid_in_anothers_place_is_delivered_whole(start: Start) -> None:
     """Though it may have the other's inode, and the other was delivered in part."""
     receiver = start(command=hurried(RETRY_SECONDS=3))
-    first, second = (
-        [{"_id": f"{name}{n}", "text": "x" * 100_000} for n in range(15)]
-        for name in ("first", "second")
-    )
-    spooled = lay(receiver, "dump.bson", *first, too_deep("deep"))
-    wait_until(lambda: "first0" in stored_by_id(receiver))
+    documents = [{"_id": n, "text": "x" * 100_000} for n in range(30)]
+    spooled = lay(receiver, "dump.bson", *documents[:15], too_deep("deep"))
+    wait_until(lambda: 0 in stored_by_id(receiver))
     spooled.unlink()
-    lay(receiver, "dump.bson", *second)
+    lay(receiver, "dump.bson", *documents[15:])
     wait_until(lambda: not spooled.exists())
-    assert stored_by_id(receiver).keys() >= {event["_id"] for event in second}
+    assert stored_by_id(receiver).keys() >= set(range(15, 30))
 
 
 @concurrently
