@@ -600,17 +600,8 @@ def test_what_it_cannot_use_ends_it_with_a_line_and_2(tmp_path: Path) -> None:
 def test_help_names_every_setting_and_default() -> None:
     text = " ".join(run("--help").stdout.split())
     named = [*VARIABLES, "MONGOD", "--demo", "--check", "--trust-batches"]
-    for default in (
-        "segment",
-        "events",
-        "127.0.0.1",
-        8080,
-        "data",
-        16 << 20,
-        512,
-        1 << 30,
-    ):
-        named.append(f"default {default}]")
+    defaults = ("segment", "events", "127.0.0.1", 8080, "data", 16 << 20, 512, 1 << 30)
+    named += [f"default {default}]" for default in defaults]
     assert [name for name in named if name not in text] == []
 
 
@@ -665,10 +656,8 @@ def test_secrets_may_be_several_and_public_ones_none(start: Start) -> None:
         assert answer.status == status
 
 
-ODD, SMALL, LARGE = (
-    json.dumps({"text": text}).encode()
-    for text in ('}],{"\\"{[', "x" * 60_000, "x" * 70_000)
-)
+ODD = b'{"a":"}],{\\"{["}'
+SMALL, LARGE = (b'{"a":"%s"}' % (b"x" * size) for size in (60_000, 70_000))
 BRACES = b'{"a":[' + b"{}," * 4999 + b"{}]}"
 # A batch, what of it is signed, its status, and where batches are trusted.
 BATCHES: dict[str, tuple[bytes, bytes, int, int]] = {
