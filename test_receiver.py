@@ -55,7 +55,6 @@ client_of: Any = functools.cache(pymongo.MongoClient)
 
 # --- Helpers ----------------------------------------------------------------------------
 
-
 # Below those that the kernel gives to clients, and none twice.
 PORTS = itertools.count(random.randrange(10_000, 25_000))
 
@@ -607,7 +606,6 @@ def test_help_names_every_setting_and_default() -> None:
 
 # --- Authenticity -----------------------------------------------------------------------
 
-
 BEARER = "Bearer public/secret+\xc3\xa4"  # http.client writes Latin-1
 STOLEN = '{"messageId": "stolen", "type": "track"}'
 SIGNED = sign(STOLEN.encode())
@@ -688,7 +686,6 @@ def test_a_longer_batch_is_let_in_by_its_first_event_if_trusted(start: Start) ->
 
 
 # --- Events -----------------------------------------------------------------------------
-
 
 # What is sent, and what MongoDB then holds, as JSON, where that is not the same.
 FAITHFUL: dict[str, tuple[str, ...]] = {
@@ -1048,8 +1045,7 @@ def test_what_mongodb_refuses_waits(start: Start, replica_set: Nodes) -> None:
         trouble(mongod, receiver.database, False)
         wait_until_delivered(receiver)
         wait_until(lambda: receiver.health()["mongodb"] == "up")
-        ids = {"$in": [event["messageId"] for event in sent]}
-        assert receiver.events().count_documents({"_id": ids}) == 5, name
+        assert stored_by_id(receiver).keys() >= {event["messageId"] for event in sent}
     assert len(kept(receiver)) == len(TROUBLES) + 1  # the bodies with a NUL, no other
     assert "ajs-" not in receiver.log
 
@@ -1086,7 +1082,6 @@ def test_refusals_hold_nothing_up(start: Start, mongod: Mongod) -> None:
 
 
 # --- Storage: the spool -------------------------------------------------------------------
-
 
 # Makes a receiver note each step to the disk and to MongoDB, and kill itself before the
 # one that CRASH says; its disk cannot fsync a folder, EINVAL, or hangs as "hang" says.
@@ -1528,7 +1523,7 @@ def test_a_socket_or_secrets_of_no_use_are_a_line_and_2(tmp_path: Path) -> None:
 # --- HTTP -------------------------------------------------------------------------------
 
 LENGTH = f"Content-Length: {len(STOLEN)}"
-SIGNATURE = f"X-Signature: {SIGNED}"
+SIGNATURE = f"X-Signature: {sign(STOLEN.encode())}"
 UNSIGNED = "X-Signature: " + "0" * 40
 GET_HEALTH = "GET /health HTTP/1.1"
 HEALTH = message(GET_HEALTH, HOST)
