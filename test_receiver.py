@@ -972,7 +972,6 @@ def test_a_user_who_may_only_insert_is_enough(
     rights = [{"resource": events, "actions": ["insert"]}]
     root.admin.command("createRole", "writer", privileges=rights, roles=[])
     root.admin.command("createUser", "wr%ter", pwd="p@ss", roles=["writer"])
-    wrong = "mongodb://wr%25ter:wr0ng" + host
     receiver = start(uri="mongodb://wr%25ter:p%40ss" + host, MONGODB_DATABASE="segment")
     event, own = track(), {"_id": 5}
     expected = {"insertedId": event["messageId"]}
@@ -984,12 +983,9 @@ def test_a_user_who_may_only_insert_is_enough(
     assert root.segment.events.count_documents({}) == 3
     settings = receiver.environment | {"RECEIVER_DATA_DIR": str(tmp_path / "check")}
     assert run("--check", **settings).returncode == 0
-    checked = run("--check", **settings | {"MONGODB_URI": wrong})
-    assert checked.returncode == 1 and "Authentication" in checked.stderr
-    other = start(uri=wrong)
-    assert other.post(track()).status == 202
-    said = receiver.log + other.log + checked.stderr
-    assert not re.search("p@ss|p%40ss|wr0ng", said)
+    other = start(uri="mongodb://wr%25ter:wr0ng" + host)
+    assert other.post(track()).status == 202 and "Authentication" in other.log
+    assert not re.search("p@ss|p%40ss|wr0ng", receiver.log + other.log)
 
 
 # --- Storage: what MongoDB refuses --------------------------------------------------------
