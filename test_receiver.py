@@ -906,8 +906,8 @@ REPEATS: dict[str, tuple[Callable[[Any], Any], list[tuple[str, dict[str, Any]]]]
         (NEW, {"messageId": "", "n": 1}), (NEW, {"messageId": "", "n": 1}),
         (NEW, {"messageId": "cut \ud83d", "n": 1}), (NEW, {"messageId": "cut \ud83c", "n": 1}),  # both would be "cut \ufffd"
     ]),
-    "errors without keyPattern": (lambda events: None, [
-        (NEW, {"messageId": "m", "n": 1}), (REPEAT, {"messageId": "m", "n": 2}),
+    "errors without keyPattern": (lambda events: events.create_index("userId", unique=True, sparse=True), [
+        (NEW, {"messageId": "m", "userId": "ada"}), (REPEAT, {"messageId": "m", "n": 2}), (WAITS, {"messageId": "o", "userId": "ada"}),
         (NEW, {"_id": 1, "n": 1}), (REPEAT, {"_id": 1, "n": 1}), (WAITS, {"_id": 1, "n": 2}),
     ]),
     "a collation that knows no case": (lambda events: events.database.create_collection("events", collation={"locale": "en", "strength": 2}), [
