@@ -1943,13 +1943,20 @@ class OnUnixSocket(Receiver):
 def test_it_takes_a_unix_socket_from_systemd(tmp_path: Path, mongod: Mongod) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
-        given = listener.fileno()
-        lines = [f"os.dup2({given}, 3)", "os.environ['LISTEN_FDS'] = '1'"]
-        lines += ["os.environ['LISTEN_PID'] = str(os.getpid())"]
-        options: Any = {"command": after(*lines), "pass_fds": (given,)}
+        handed = after(*handing_over(listener.fileno()))
+        options: Any = {"command": handed, "pass_fds": (listener.fileno(),)}
         receiver = OnUnixSocket(tmp_path, mongod.uri, **options)
     assert receiver.post(track()).status == 200
     assert receiver.stop() == 0 and "Traceback" not in receiver.log
+
+
+README = (HERE / "README.md").read_text()
+
+
+def readme_block(words: str) -> str:
+    """Returns the README's first fenced block that has these words."""
+    blocks = re.findall(r"(?ms)^```\w+\n(.*?)^```$", README)
+    return next(block for block in blocks if words in block)
 
 
 # Each refuses /webhook/ itself: what is hidden there can only have been smuggled past it.
@@ -1963,7 +1970,7 @@ PROXIES = {
         "listen receiver", "mode http", "timeout connect 5s", "timeout client 5s", "timeout server 5s", "bind 127.0.0.1:PORT",
         "http-request deny if { path /webhook/ }", "http-reuse always", "server receiver 127.0.0.1:RECEIVER")),
     "caddy": ("caddy run --config conf --adapter caddyfile", (
-        "{", "admin off", "}", "http://127.0.0.1:PORT {", "respond /webhook/ 403", "reverse_proxy 127.0.0.1:RECEIVER", "}")),
+        "{", "admin off", "}", *readme_block("reverse_proxy").replace(":8080", ":RECEIVER\nrespond /webhook/ 403").replace("your.host", "http://127.0.0.1:PORT").split("\n"))),
 }  # fmt: skip
 
 
@@ -2372,14 +2379,6 @@ def test_check_says_what_stands_in_the_way(
 
 # --- README -------------------------------------------------------------------------------
 
-README = (HERE / "README.md").read_text()
-
-
-def readme_block(words: str) -> str:
-    """Returns the README's first fenced block that has these words."""
-    blocks = re.findall(r"(?ms)^```\w+\n(.*?)^```$", README)
-    return next(block for block in blocks if words in block)
-
 
 @needs("systemd-analyze")
 def test_the_readmes_units_are_clean_and_hardened(tmp_path: Path) -> None:
@@ -2405,18 +2404,11 @@ def certificate(folder: Path) -> str:
 @needs("nginx")
 @needs("openssl")
 def test_the_readmes_nginx_configuration(tmp_path: Path) -> None:
-    server = re.sub(
-        "/etc/ssl/[^;]+", certificate(tmp_path), readme_block("server_name")
-    )
+    block = readme_block("server_name")
+    server = re.sub("/etc/ssl/[^;]+", certificate(tmp_path), block)
     (tmp_path / "nginx.conf").write_text(f"events {{}}\nhttp {{\n{server}}}\n")
-    options = ("-t", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf"))
-    succeeds("nginx", *options, "-g", f"pid {tmp_path}/pid; error_log stderr;")
-
-
-@needs("caddy")
-def test_the_readmes_caddyfile(tmp_path: Path) -> None:
-    (tmp_path / "Caddyfile").write_text(readme_block("reverse_proxy"))
-    succeeds("caddy", "validate", "--config", str(tmp_path / "Caddyfile"))
+    log = f"pid {tmp_path}/pid; error_log stderr;"
+    succeeds("nginx", "-t", "-p", str(tmp_path), "-c", "nginx.conf", "-g", log)
 
 
 @needs("curl")
@@ -2428,42 +2420,35 @@ def test_the_readmes_signed_curl(receiver: Receiver) -> None:
         assert answer_to(script, **names) == {"insertedId": "by-hand-1"} | expected
 
 
-def javascript(text: str) -> Any:
-    """Reads what the README's mongosh snippets give to a call as JSON."""
-    return json.loads(re.sub(r"([{,]\s*)([$\w]+):", r'\1"\2":', text))
-
-
-def pipeline(words: str) -> Any:
-    return javascript(readme_block(words).partition("aggregate(")[2].rpartition(")")[0])
+def given_to(call: str, words: str) -> list[Any]:
+    """Reads as JSON what the README's mongosh snippet with these words gives a call."""
+    given = re.findall(rf"(?s){call}\((.*?)\)\n", readme_block(words))
+    return [json.loads(re.sub(r"([{,]\s*)([$\w]+):", r'\1"\2":', g)) for g in given]
 
 
 def test_the_readmes_mongosh_snippets(mongod: Mongod) -> None:
     events = mongod.client["readme"].events
     for item in ("Roses", "Roses", "Figs"):
         events.insert_one(track(properties={"itemName": item}))
-    found = list(events.aggregate(pipeline("favourites: -1")))
+    found = list(events.aggregate(*given_to("aggregate", "favourites: -1")))
     assert [item["favourites"] for item in found] == [2, 1]
-    (day,) = events.aggregate(pipeline("dateTrunc"))
+    (day,) = events.aggregate(*given_to("aggregate", "dateTrunc"))
     assert day["events"] == 3
-    for keys in re.findall(r"createIndex\((.*)\)", readme_block("createIndex")):
-        events.create_index(list(javascript(keys).items()))
+    for keys in given_to("createIndex", "createIndex"):
+        events.create_index(list(keys.items()))
     events.insert_one(track(event="Order Completed", timestamp="2027"))
-    (funnel,) = events.aggregate(pipeline("Order Completed"))
+    (funnel,) = events.aggregate(*given_to("aggregate", "Order Completed"))
     assert (funnel["favorited"], funnel["ordered"]) == (1, 1)
-    (role,) = re.findall(r"(?s)createRole\((.*?)\)\n", readme_block("createRole"))
-    role = javascript(role)
+    (role,) = given_to("createRole", "createRole")
     mongod.client.admin.command("createRole", role.pop("role"), **role)
 
 
 def test_the_readme_names_every_setting_and_its_default() -> None:
-    options = " ".join(run("--help").stdout.partition("then exit")[2].split())
-    options = options.replace("[no] ", "")
-    pattern = r"(--[a-z-]+)[^[]*\[([A-Z_]+)[^];]*(?:; default ([^]]+))?\]"
-    found = re.findall(pattern, options)
-    assert len(found) == 10
-    for flag, name, default in found:
-        (row,) = re.findall(rf"^\| `{name}`.*", README, re.MULTILINE)
-        assert f"`{flag}`" in row and default in row, name
+    assert [name for name in VARIABLES if f"`{name}`" not in README] == []
+    for name in DEFAULTS.keys() - {"demo", "public_secrets"}:
+        flag, default = "--" + name.replace("_", "-"), DEFAULTS[name] or ""
+        row = rf"^\| `\w+_{name.upper()}`.*`{flag}`.*{default}"
+        assert re.search(row, README, re.MULTILINE), name
 
 
 # --- Page -------------------------------------------------------------------------------
