@@ -1349,7 +1349,9 @@ ROUNDS = 20 if LONG else 4
 
 
 @concurrently
-def test_killing_the_receiver_loses_nothing(start: Start, own_mongod: Mongod) -> None:
+def test_killing_receiver_or_mongodb_loses_nothing(
+    start: Start, own_mongod: Mongod
+) -> None:
     """While MongoDB is there, while it is not, and while it gets what it missed."""
     chance = random.Random(1)
     receiver = start(uri=own_mongod.uri, command=hurried(**QUICK))
@@ -1365,21 +1367,15 @@ def test_killing_the_receiver_loses_nothing(start: Start, own_mongod: Mongod) ->
         wait_for(200)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @concurrently
-def test_killing_or_hanging_mongodb_loses_nothing(
-    start: Start, own_mongod: Mongod, number: int
-) -> None:
+def test_hanging_mongodb_loses_nothing(start: Start, own_mongod: Mongod) -> None:
     receiver = start(uri=own_mongod.uri, command=hurried(RETRY_SECONDS=0.02))
     with under_load(receiver) as wait_for:
         for _ in range(ROUNDS // 2):
             wait_for(200, events=50)
-            own_mongod.process.send_signal(number)
+            own_mongod.hang()
             wait_for(202, events=200)  # which do not wait for a timeout
             wait_until(lambda: receiver.health()["mongodb"] == "down")
-            if number == signal.SIGKILL:
-                own_mongod.process.wait()
-                own_mongod.start()
             own_mongod.process.send_signal(signal.SIGCONT)
             wait_for(200)
     assert receiver.health()["mongodb"] == "up"
@@ -1425,8 +1421,7 @@ def test_filling_the_disk_is_503_and_loses_nothing(
     spool, sent = disk / "spool", []
     quick = QUICK | {"PIECE_SECONDS": 0.1, "PIECE_BYTES_PER_SECOND": 1_000_000}
     options = {"command": hurried(**quick), "RECEIVER_DATA_DIR": str(disk)}
-    if full == "the spool":
-        options["RECEIVER_MAX_SPOOL_BYTES"] = "20000"
+    options |= {"RECEIVER_MAX_SPOOL_BYTES": "20000"} if full == "the spool" else {}
     with small_disk(disk) if full == "the disk" else contextlib.nullcontext():
         receiver = start(uri=own_mongod.uri, **options)
         receiver.data = disk
@@ -1663,12 +1658,13 @@ def test_a_body_over_the_limit_is_413_and_is_logged(start: Start) -> None:
 
 
 def test_health_counts_for_those_who_know_the_public_secret(receiver: Receiver) -> None:
-    for target in ("/health", "/health?secret=wrong", "/health" + QUERY + "&secret=x"):
-        answer = receiver.get(target)
-        assert (answer.status, answer.json) == (200, {"status": "ok", "mongodb": "up"})
-    before = receiver.get("/health", Authorization=BEARER).json
+    public = {"status": "ok", "mongodb": "up"}
+    for query in ("", "?secret=wrong", QUERY + "&secret=x"):
+        answer = receiver.get("/health" + query)
+        assert (answer.status, answer.json) == (200, public)
     counters = "stored duplicates rejected unauthorized spooled refused spool_files"
-    assert before.keys() == {"status", "mongodb", *counters.split()}
+    before = receiver.get("/health", Authorization=BEARER).json
+    assert before.keys() == {*public, *counters.split()}
     for event in ({"_id": "a"}, {"_id": "a"}, {"a\0": 1}):
         receiver.post(event)
     receiver.post({}, X_Signature="x")
@@ -1986,29 +1982,30 @@ def test_nothing_is_smuggled_through(start: Start, tmp_path: Path, proxy: str) -
 # HTTP: the demo
 
 EVENTS = "/events" + QUERY
-# The status of its page and of its events; where, queries of the events, heads.
-DEMO: dict[str, tuple[int, int, str, list[str], list[str]]] = {
-    "of this machine": (200, 200, "", [QUERY], ["Host: 127.0.0.1", "Host: LOCALHOST:80", "Host: [::1]:80", "Host: 127.9.9.9"]),
-    # DNS rebinding: a web site's name that resolves to 127.0.0.1 makes us its origin.
-    "of another host": (403, 403, "", [QUERY], ["Host: " + host for host in (
-        "127.0.0.1.evil.example:80", "localhost.evil.example", "10.0.0.1", "0.0.0.0", "169.254.169.254", "2130706433", "")]),
-    "of another host in the target": (403, 403, "http://evil.example", [QUERY], [LOCAL]),  # it counts: RFC 9112 section 3.2.2
-    "through a proxy": (403, 403, "", [QUERY], [f"{LOCAL}\r\n{field}" for field in (
-        "Forwarded: for=192.0.2.1", "X-Forwarded-For: 127.0.0.1", "Via: 1.1 a")]),
-    "without the secret": (200, 401, "", ["", "?secret=wrong"], [LOCAL]),
-    "with a bad limit": (200, 400, "", [f"{QUERY}&limit={limit}" for limit in ("0", "-1", "101", "1e2", "%D9%A5")], [LOCAL]),
-}  # fmt: skip
+HERE_HOSTS = "127.0.0.1", "LOCALHOST:80", "[::1]:80", "127.9.9.9"
+# DNS rebinding: a web site's name that resolves to 127.0.0.1 makes us its origin.
+OTHER_HOSTS = "127.0.0.1.evil.example:80", "localhost.evil.example", "10.0.0.1", ""
+PROXIED = "Forwarded: for=192.0.2.1", "X-Forwarded-For: 127.0.0.1", "Via: 1.1 a"
 
 
-@pytest.mark.parametrize("name", DEMO)
-def test_the_demo_is_for_this_machine(demo_receiver: Receiver, name: str) -> None:
-    page, events, site, queries, heads = DEMO[name]
-    lines = [(page, f"GET {site}/"), (page, f"GET {site}/demo.html")]
-    lines += [(page, f"OPTIONS {site}/webhook")]
-    lines += [(events, f"GET {site}/events{query}") for query in queries]
-    for head, (status, line) in itertools.product(heads, lines):
-        request = message(f"{line} HTTP/1.1", head, "Connection: close")
-        assert demo_receiver.raw(request)[0].status == status, request
+def test_the_demo_is_for_this_machine(demo_receiver: Receiver) -> None:
+    heads = {f"Host: {host}": 200 for host in HERE_HOSTS}
+    heads |= {f"Host: {host}": 403 for host in OTHER_HOSTS}
+    heads |= {f"{LOCAL}\r\n{field}": 403 for field in PROXIED}
+    for line in ("GET /", "GET /demo.html", "GET " + EVENTS, "OPTIONS /webhook"):
+        requests = {message(f"{line} HTTP/1.0", head): heads[head] for head in heads}
+        # The target's host counts: RFC 9112 section 3.2.2
+        elsewhere = line.replace(" ", " http://evil.example")
+        requests[message(f"{elsewhere} HTTP/1.0", LOCAL)] = 403
+        for request, status in requests.items():
+            assert demo_receiver.raw(request)[0].status == status, request
+
+
+def test_the_demos_events_need_secret_and_limit(demo_receiver: Receiver) -> None:
+    for query in ("", "?secret=wrong"):
+        assert demo_receiver.get("/events" + query).status == 401
+    for limit in ("0", "-1", "101", "1e2", "%D9%A5"):
+        assert demo_receiver.get(f"{EVENTS}&limit={limit}").status == 400, limit
 
 
 def test_the_demo_page_may_not_be_framed(demo_receiver: Receiver) -> None:
@@ -2347,10 +2344,8 @@ def test_check_says_what_stands_in_the_way(
         check(1, code)
         trouble(node, "checked", False)
         node.client.checked.drop_collection("events")
-    check(0, "in a transaction")
     check(0, "no replica set", MONGODB_URI=mongod.uri)
     assert "checked" not in mongod.client.list_database_names()
-    check(1, "WriteConcernError", MONGODB_URI=f"{node.uri}?w=5")
     check(1, "WriteConcernError", MONGODB_URI=f"{node.uri}?w=nowhere")
     check(1, "limit of 100 bytes", "--max-spool-bytes", "100")
     check(1, "Timeout", MONGODB_URI="mongodb://127.0.0.1:1/")
