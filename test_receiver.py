@@ -1349,9 +1349,7 @@ ROUNDS = 20 if LONG else 4
 
 
 @concurrently
-def test_killing_receiver_or_mongodb_loses_nothing(
-    start: Start, own_mongod: Mongod
-) -> None:
+def test_a_kill_under_load_loses_nothing(start: Start, own_mongod: Mongod) -> None:
     """While MongoDB is there, while it is not, and while it gets what it missed."""
     chance = random.Random(1)
     receiver = start(uri=own_mongod.uri, command=hurried(**QUICK))
@@ -1386,9 +1384,7 @@ def test_hanging_mongodb_loses_nothing(start: Start, own_mongod: Mongod) -> None
 
 
 @concurrently
-def test_failing_over_with_two_receivers_loses_nothing(
-    start: Start, replica_set: Nodes
-) -> None:
+def test_failing_over_loses_nothing(start: Start, replica_set: Nodes) -> None:
     nodes = replica_set(3)
     hosts = ",".join(f"127.0.0.1:{node.port}" for node in nodes)
     one = start(uri=f"mongodb://{hosts}/?replicaSet=rs")
@@ -1473,11 +1469,9 @@ def handing_over(descriptor: int | str) -> tuple[str, str]:
 @concurrently
 def test_restarting_under_load_with_the_socket_held_loses_nothing(start: Start) -> None:
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-    receiver = start(
-        RECEIVER_PORT=str(listener.getsockname()[1]),
-        command=after(*handing_over(listener.fileno())),
-        pass_fds=(listener.fileno(),),
-    )
+    port, descriptor = str(listener.getsockname()[1]), listener.fileno()
+    command = after(*handing_over(descriptor))
+    receiver = start(command=command, pass_fds=(descriptor,), RECEIVER_PORT=port)
     for _ in range(3):
         clients: list[socket.socket] = []
         with contextlib.ExitStack() as stack:
@@ -1736,9 +1730,8 @@ def test_who_sends_while_it_is_paused_is_not_late(start: Start) -> None:
 
     def pause() -> None:
         wait_for(2.8)
-        receiver.process.send_signal(signal.SIGSTOP)
-        wait_for(5.5)
-        receiver.process.send_signal(signal.SIGCONT)
+        with paused(receiver):
+            wait_for(5.5)
 
     rows = [(0, 1, cut, 3) for cut in (0, 30, -30)]
     rows += [(0.7, 1_000_000, 1000, 3), (2.2, 1, -30, 6.2)]  # large; after the pause
@@ -2035,13 +2028,11 @@ def test_the_demo_shows_documents_exactly(demo_receiver: Receiver) -> None:
 
 
 LOCAL_ORIGINS = ["null", "http://127.0.0.1:8000", "http://localhost", "https://[::1]:1"]
-FOREIGN_ORIGINS = """*
-http://evil.example
-http://127.0.0.1.evil.example
-https://localhost@evil.example
-http://evil.example@localhost
-http://127.0.0.1 http://a
-ftp://localhost""".splitlines()
+FOREIGN_ORIGINS = [
+    *("*", "http://evil.example", "http://127.0.0.1.evil.example", "ftp://localhost"),
+    *("https://localhost@evil.example", "http://evil.example@localhost"),
+    "http://127.0.0.1 http://a",
+]
 
 
 @pytest.mark.parametrize("origin", LOCAL_ORIGINS + FOREIGN_ORIGINS)
@@ -2161,9 +2152,7 @@ DEATHS = {
 
 @concurrently
 @port_27017()
-def test_without_a_mongod_it_says_why_and_events_wait(
-    start: Start, tmp_path: Path
-) -> None:
+def test_without_a_mongod_events_wait(start: Start, tmp_path: Path) -> None:
     program = tmp_path / "mongod"
     for line, said in DEATHS.items():
         program.write_text(f"#!/bin/sh\n{line}\n")
@@ -2184,9 +2173,7 @@ def test_without_a_mongod_it_says_why_and_events_wait(
 
 
 @concurrently
-def test_a_signal_finishes_the_requests_in_hand(
-    start: Start, own_mongod: Mongod
-) -> None:
+def test_a_signal_finishes_what_is_in_hand(start: Start, own_mongod: Mongod) -> None:
     # A shell starts what runs in the background with SIGINT ignored, nohup with SIGHUP.
     ignored = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
     heeded = "signal.signal(signal.SIGHUP, signal.SIG_DFL)"
@@ -2294,10 +2281,8 @@ def test_systemd_is_told_how_it_is(
     def wait_for(state: str) -> None:
         wait_until(lambda: state in systemd.recv(4096).decode())
 
-    command = hurried(WEDGED_SECONDS=0.5, INSERT_SECONDS=3.5)
-    receiver = start(
-        uri=own_mongod.uri, command=command, NOTIFY_SOCKET=systemd.getsockname()
-    )
+    options = {"NOTIFY_SOCKET": systemd.getsockname(), "uri": own_mongod.uri}
+    receiver = start(command=hurried(WEDGED_SECONDS=0.5, INSERT_SECONDS=3.5), **options)
     wait_for("READY=1")
     assert receiver.post(track()).status == 200
     wait_for("WATCHDOG=1\nSTATUS=1 stored, 0 spooled, MongoDB up")
@@ -2650,9 +2635,7 @@ EXPERIMENTS = [
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_page_experiments_do_what_they_say_and_nothing_jumps(
-    start: Start, browser: Browser, size: str
-) -> None:
+def test_page_experiments_work(start: Start, browser: Browser, size: str) -> None:
     receiver = start("--demo")
     browser.show_as(size)
     browser.open(link(receiver))
@@ -2674,9 +2657,7 @@ def test_page_experiments_do_what_they_say_and_nothing_jumps(
         assert all(f" {status} " in error for error in browser.errors())
 
 
-def test_page_guides_through_an_outage(
-    start: Start, browser: Browser, tmp_path: Path
-) -> None:
+def test_page_shows_an_outage(start: Start, browser: Browser, tmp_path: Path) -> None:
     own_mongod = Mongod(tmp_path / "own")
     none = {"SEGMENT_SHARED_SECRET": None, "SEGMENT_PUBLIC_SECRET": None}
     receiver = start(uri=own_mongod.uri, **none)
