@@ -1394,9 +1394,7 @@ def test_failing_over_loses_nothing(start: Start, replica_set: Nodes) -> None:
         wait_for(200)
         primary_of(nodes).kill()
         wait_for(200, 202)
-        one.stop(signal.SIGKILL)
         primary = wait_until(lambda: primary_of(nodes))
-        one.start()
         wait_for(200)
         with contextlib.suppress(pymongo.errors.PyMongoError):
             primary.client.admin.command("replSetStepDown", 5, force=True)
@@ -2215,9 +2213,7 @@ def test_a_stop_waits_for_who_was_just_answered(start: Start) -> None:
 
 @pytest.mark.parametrize("status", [202, 503])
 @concurrently
-def test_stopping_waits_for_nothing_that_hangs(
-    start: Start, own_mongod: Mongod, status: int
-) -> None:
+def test_stopping_cannot_hang(start: Start, own_mongod: Mongod, status: int) -> None:
     """Neither for MongoDB nor, where the answer is 503, for the disk."""
     receiver = start(uri=own_mongod.uri, command=WATCHED)
     assert receiver.post(track()).status == 200
@@ -2271,9 +2267,7 @@ def test_it_works_although(start: Start, limit: str) -> None:
 
 
 @concurrently
-def test_systemd_is_told_how_it_is(
-    start: Start, own_mongod: Mongod, tmp_path: Path
-) -> None:
+def test_systemd_is_told(start: Start, own_mongod: Mongod, tmp_path: Path) -> None:
     systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     systemd.bind(str(tmp_path / "notify"))
     systemd.settimeout(20)
@@ -2308,9 +2302,7 @@ def test_systemd_is_told_how_it_is(
 
 
 @concurrently
-def test_check_says_what_stands_in_the_way(
-    replica_set: Nodes, mongod: Mongod, tmp_path: Path
-) -> None:
+def test_check_finds_faults(replica_set: Nodes, mongod: Mongod, tmp_path: Path) -> None:
     (node,) = replica_set(1)
     settings = {"SEGMENT_SHARED_SECRET": SHARED, "MONGODB_URI": node.uri}
     settings |= {"MONGODB_DATABASE": "checked", "RECEIVER_DATA_DIR": str(tmp_path)}
@@ -2592,15 +2584,12 @@ def test_page_shows_the_whole_way_of_a_click(
     browser.click(".btn")
     browser.station("document", "equal")
     [event] = receiver.events().find()
-    for name, texts in {
-        "call": ['analytics.track("Favorited"', '"Roses"'],
-        "event": ["Favorited", "Roses", event["messageId"]],
-        "signature": ["shared secret"],
-        "answer": ["Segment"] if by_segment else ["200", event["_id"]],
-        "document": [event["_id"], "Roses", "= equal"],
-    }.items():
-        for text in texts:
-            browser.station(name, text)
+    assert '"Roses"' in browser.station("call", 'analytics.track("Favorited"')
+    assert "Roses" in browser.station("event", event["messageId"])
+    browser.station("signature", "shared secret")
+    answer = browser.station("answer", "Segment" if by_segment else event["_id"])
+    assert by_segment or "200" in answer
+    assert "Roses" in browser.station("document", event["_id"])
     hidden = browser.script("""
         return [...document.querySelectorAll(".station")].filter((station) => {
           const { top, bottom, left, right } = station.getBoundingClientRect();
