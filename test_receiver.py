@@ -1925,7 +1925,7 @@ def readme_block(words: str) -> str:
     return next(block for block in blocks if words in block)
 
 
-CADDY = readme_block("reverse_proxy").replace("your.host", "http://127.0.0.1:PORT")
+CADDY = readme_block("reverse_proxy").replace("8080", "RECEIVER\nrespond /webhook/ 403")
 # Each refuses /webhook/ itself: what is hidden there can only have been smuggled past it.
 PROXIES = {
     "nginx": ("nginx -p . -c conf -e stderr", (
@@ -1937,7 +1937,7 @@ PROXIES = {
         "listen receiver", "mode http", "timeout connect 5s", "timeout client 5s", "timeout server 5s", "bind 127.0.0.1:PORT",
         "http-request deny if { path /webhook/ }", "http-reuse always", "server receiver 127.0.0.1:RECEIVER")),
     "caddy": ("caddy run --config conf --adapter caddyfile", (
-        "{", "admin off", "}", CADDY.replace("8080", "RECEIVER\nrespond /webhook/ 403"))),
+        "{", "admin off", "}", CADDY.replace("your.host", "http://127.0.0.1:PORT"))),
 }  # fmt: skip
 
 
@@ -2418,7 +2418,7 @@ BY_SEGMENT = pytest.param("through Segment", marks=needs_npm)
 
 
 class Segment(http.server.BaseHTTPRequestHandler):
-    """Stands in for Segment: its CDN with the real analytics.js, its API, its delivery."""
+    """Stands in for Segment: CDN with the real analytics.js, API, and delivery."""
 
     receiver: Any = None
 
