@@ -839,6 +839,20 @@ def test_a_bad_event_fails_alone_in_its_batch(start: Start, own_mongod: Mongod) 
 
 
 @concurrently
+def test_who_is_answered_together_is_stored_together(
+    start: Start, own_mongod: Mongod
+) -> None:
+    """Four who send one event after another share an insert; a lone event never waits."""
+    for seconds, senders, most in ((60, 1, 20), (0.4, 4, 35)):
+        receiver = start(uri=own_mongod.uri, command=hurried(GATHER_SECONDS=seconds))
+        before = inserts(own_mongod)
+        post = lambda receiver=receiver: receiver.post(track()).status
+        send = lambda post=post: {post() for _ in range(20)}
+        assert together(*[send] * senders) == [{200}] * senders
+        assert inserts(own_mongod) - before <= most
+
+
+@concurrently
 def test_writes_are_majority_and_journaled(start: Start, mongod: Mongod) -> None:
     """Unless the connection string says otherwise."""
     for options, w, j in ("", "majority", True), ("?w=1&journal=false", 1, False):
@@ -2003,6 +2017,8 @@ def test_the_demo_page_may_not_be_framed(demo_receiver: Receiver) -> None:
     answer = demo_receiver.get("/")
     assert answer.payload == (HERE / "demo.html").read_bytes()
     assert b"<noscript><p><strong>JavaScript is off.</strong>" in answer.payload
+    assert b"innerHTML" not in answer.payload
+    assert b"Content-Security-Policy" in answer.payload  # also where it is a file
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
     assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
 
@@ -2266,8 +2282,11 @@ def test_it_works_although(start: Start, limit: str) -> None:
     assert receiver.process.returncode == 0
 
 
+@needs("systemd-socket-activate")
 @concurrently
-def test_systemd_is_told(start: Start, own_mongod: Mongod, tmp_path: Path) -> None:
+def test_systemd_hands_over_its_socket_and_is_told_how_it_is(
+    start: Start, own_mongod: Mongod, tmp_path: Path
+) -> None:
     systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     systemd.bind(str(tmp_path / "notify"))
     systemd.settimeout(20)
@@ -2275,8 +2294,14 @@ def test_systemd_is_told(start: Start, own_mongod: Mongod, tmp_path: Path) -> No
     def wait_for(state: str) -> None:
         wait_until(lambda: state in systemd.recv(4096).decode())
 
-    options = {"NOTIFY_SOCKET": systemd.getsockname(), "uri": own_mongod.uri}
-    receiver = start(command=hurried(WEDGED_SECONDS=0.5, INSERT_SECONDS=3.5), **options)
+    port = str(free_port())
+    settings = {"NOTIFY_SOCKET": systemd.getsockname(), "RECEIVER_PORT": port}
+    names = "MONGODB_URI MONGODB_DATABASE RECEIVER_DATA_DIR NOTIFY_SOCKET"
+    names += " SEGMENT_SHARED_SECRET SEGMENT_PUBLIC_SECRET"
+    passed = [f"--setenv={name}" for name in names.split()]
+    listen = ("systemd-socket-activate", f"--listen=127.0.0.1:{port}", *passed)
+    command = (*listen, *hurried(WEDGED_SECONDS=0.5, INSERT_SECONDS=3.5))
+    receiver = start(uri=own_mongod.uri, command=command, **settings)
     wait_for("READY=1")
     assert receiver.post(track()).status == 200
     wait_for("WATCHDOG=1\nSTATUS=1 stored, 0 spooled, MongoDB up")
@@ -2398,11 +2423,13 @@ def test_the_readmes_mongosh_snippets(mongod: Mongod) -> None:
 
 
 def test_the_readme_names_every_setting_and_its_default() -> None:
-    assert [name for name in VARIABLES if f"`{name}`" not in README] == []
-    for name in DEFAULTS.keys() - {"demo", "public_secrets"}:
-        flag, default = "--" + name.replace("_", "-"), DEFAULTS[name] or ""
-        row = rf"^\| `\w+_{name.upper()}`.*`{flag}`.*{default}"
-        assert re.search(row, README, re.MULTILINE), name
+    options = " ".join(run("--help").stdout.partition("then exit")[2].split())
+    pattern = r"(--[a-z-]+)[^[]*\[([A-Z_]+)[^];]*(?:; default ([^]]+))?\]"
+    found = re.findall(pattern, options)
+    assert len(found) == 10
+    for flag, name, default in found:
+        (row,) = re.findall(rf"^\| `{name}`.*", README, re.MULTILINE)
+        assert f"`{flag}`" in row and default in row, name
 
 
 # --- Page -------------------------------------------------------------------------------
