@@ -752,7 +752,7 @@ REFUSED_BODIES: list[tuple[int, bytes, str]] = [
         b'{"a":"\x01"}', b'{"a":"\\x"}', b'{"a":"\xff"}', b'{"a":"\xed\xa0\xbd"}', b"\xef\xbb\xbf{}", b"a=1&b=2", b"\0",
         '{"a":1}'.encode("utf-16"), '{"a":1}'.encode("utf-32-le"), b"1", b'"a"', b"null", b"[1]", b"[{},[]]", b"[{},null]")),
     *((422, body, "NUL") for body in (b'{"a\\u0000b":1}', b'{"a":[{"\\u0000":1}]}', b'[{"a\\u0000b":1},{"_id":[]}]', b"[%s]" % (b'{"\\u0000":1},' * 999 + b'{"_id":[]}'))),
-    *((422, b'{"a":' * levels + b"1" + b"}" * levels, "100 levels") for levels in (101, 250, 300_000)),
+    *((422, b'{"a":' * levels + b"1" + b"}" * levels, "100 levels") for levels in (101, 250, 700, 300_000)),
     (422, b'{"a":' + b"[" * 100 + b"]" * 100 + b"}", "100 levels"),
     (422, b'{"messageId":"m","":' + b'{"":' * 100 + b'"aaaaaaaaaaa"' + b"}" * 101, "100 levels"),
     (422, b'{"_id":[1]}', "array"), (422, rb'{"\ud83d":1,"\ud83e":2}', "keys"),  # both would be U+FFFD
