@@ -414,44 +414,28 @@ class Scene(contextlib.ExitStack):
         return nodes
 
 
-def side_by_side(test: Callable[..., None]) -> Callable[..., None]:
-    """Returns a test that waits for this one's end, which ``scenes`` has begun."""
-    asked = inspect.signature(test).parameters
-    offered = {
-        "start",
-        "own_mongod",
-        "replica_set",
-        "tmp_path",
-        "mongod",
-    } & asked.keys()
-
-    def play(tmp_path: Path, mongod: Mongod, parameters: dict[str, Any]) -> None:
-        with Scene(tmp_path, mongod) as scene:
-            test(**parameters, **{name: getattr(scene, name) for name in offered})
-
-    def wait(request: pytest.FixtureRequest, **_: Any) -> None:
-        request.getfixturevalue("scenes")[request.node.nodeid].result()
-
-    vars(wait).update(vars(test), play=play)
-    # Pytest gives the parameters only; what Scene has would be no fixture.
-    own = [asked[name] for name in asked if name not in offered]
-    request = inspect.Parameter("request", inspect.Parameter.KEYWORD_ONLY)
-    wait.__signature__ = inspect.Signature([*own, request])
-    return wait
-
-
 @pytest.fixture(scope="session", autouse=True)
-def scenes(request: Any, tmp_path_factory: Any, mongod: Mongod) -> Iterator[Any]:
-    """Starts the selected tests that are played side by side, six at a time."""
+def scenes(request: Any, tmp_path_factory: Any, mongod: Mongod) -> Iterator[None]:
+    """Plays tests with receivers of their own side by side, six at a time: they mostly
+    wait. Those with a browser, which they share, are played when it is their turn."""
+
+    def play(test: Callable[..., None], parameters: dict[str, Any]) -> None:
+        with Scene(tmp_path_factory.mktemp("scene"), mongod) as scene:
+            asked = inspect.signature(test).parameters.keys() - parameters.keys()
+            test(**parameters, **{name: getattr(scene, name) for name in asked})
+
     with ThreadPoolExecutor(6) as pool:
-        futures = {}
         for item in request.session.items:
-            if play := getattr(item.function, "play", None):
-                folder = tmp_path_factory.mktemp("scene")
+            asked = {*item.fixturenames}
+            if asked & {"start", "replica_set"} and "browser" not in asked:
                 parameters = item.callspec.params if hasattr(item, "callspec") else {}
-                futures[item.nodeid] = pool.submit(play, folder, mongod, parameters)
-        yield futures
+                played = pool.submit(play, item.obj, parameters)
+                item.obj = lambda played=played, **_: played.result()
+        yield
         pool.shutdown(cancel_futures=True)
+
+
+own_mongod = replica_set = pytest.fixture(lambda: None)  # Scene has them
 
 
 @pytest.fixture(scope="session")
@@ -2714,10 +2698,3 @@ def test_page_is_accessible(start, browser, size, scheme):
     browser.script(Path(NODE_MODULES, "axe-core/axe.min.js").read_text())
     results = browser.script("return axe.run().then(({ violations }) => violations)")
     assert [(each["id"], each["nodes"]) for each in results] == []
-
-
-# Those with a receiver of their own mostly wait; those with a browser share that.
-for name, each in [*globals().items()]:
-    asked = inspect.signature(each).parameters.keys() if name[:5] == "test_" else set()
-    if asked & {"start", "replica_set"} and "browser" not in asked:
-        globals()[name] = side_by_side(each)
