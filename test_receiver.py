@@ -1445,7 +1445,8 @@ def test_filling_the_disk_is_503_and_loses_nothing(start, own_mongod, tmp_path, 
     """It ends without a restart, also while MongoDB is away and nobody sends."""
     disk, aside = tmp_path / "disk", tmp_path / "aside.bson"
     spool, sent = disk / "spool", []
-    quick = QUICK | {"PIECE_SECONDS": 0.1, "PIECE_BYTES_PER_SECOND": 1_000_000}
+    # Half a second is how often pymongo looks for a server: with less it finds none.
+    quick = QUICK | {"PIECE_SECONDS": 0.6, "PIECE_BYTES_PER_SECOND": 1_000_000}
     options = {"command": hurried(**quick), "RECEIVER_DATA_DIR": str(disk)}
     options |= {"RECEIVER_MAX_SPOOL_BYTES": "20000"} if full == "the spool" else {}
     with small_disk(disk) if full == "the disk" else contextlib.nullcontext():
