@@ -178,8 +178,8 @@ class Receiver:
         self.clients: list[socket.socket] = []
         variables = {
             "PATH": os.environ["PATH"],
-            "SEGMENT_SHARED_SECRET": SHARED,
-            "SEGMENT_PUBLIC_SECRET": PUBLIC,
+            "SEGMENT_SHARED_SECRET": f"old {SHARED}",
+            "SEGMENT_PUBLIC_SECRET": f"old {PUBLIC}",
             "MONGODB_URI": mongodb_uri,
             "MONGODB_DATABASE": self.database,
             "RECEIVER_PORT": str(self.port),
@@ -626,6 +626,7 @@ WELCOME: list[dict[str, str]] = [
     {"target": TARGET.replace("?", "/?")}, {"target": "http://example.com" + TARGET}, {"target": TARGET.replace("?", "?a=b&xsecret=c&&") + "&d"},
     {"target": "/webhook", "Authorization": BEARER}, {"target": "/webhook", "Authorization": BEARER.replace("B", "b")},
     {"Authorization": "Bearer other"}, {"Authorization": "Basic eDp5"},  # somebody else's
+    {"X_Signature": sign(b"{}", "old")}, {"target": "/webhook?secret=old"},  # while they are changed
     {"X_Forwarded_For": "192.0.2.1", "Via": "1.1 a", "Forwarded": "for=192.0.2.1"},
 ]  # fmt: skip
 STRANGERS: list[dict[str, str]] = [
@@ -635,8 +636,8 @@ STRANGERS: list[dict[str, str]] = [
     {"target": TARGET.replace("?", "?secret=x&")},
     *({"target": "/webhook", "Authorization": value} for value in ("Bearer wrong", "Bearer", BEARER[7:], "Basic" + BEARER[6:])),
     {"target": "/webhook?secret=x", "Authorization": BEARER},  # the query counts
-    *({"X_Signature": value} for value in ("", "x" * 40, "\xc3\xa9", sign(b"other"), sign(STOLEN.encode(), "x"), SIGNED * 2, "sha1=" + SIGNED,
-        SIGNED[:-1], SIGNED[:-1] + "e", "0" + SIGNED[1:])),
+    *({"X_Signature": value} for value in ("", "x" * 40, "\xc3\xa9", sign(b"other"), SIGNED * 2, "sha1=" + SIGNED,
+        SIGNED[:-1], SIGNED[:-1] + "e", "0" + SIGNED[1:], *(sign(STOLEN.encode(), key) for key in ("", "x", "old " + SHARED)))),
 ]  # fmt: skip
 
 
@@ -651,18 +652,6 @@ def test_a_stranger_is_told_401(receiver, request_):
     assert answer.status == 401
     if "target" in request_:  # nobody learns how the secret is wrong
         assert answer.payload == receiver.post(b"{}", target="/webhook").payload
-
-
-def test_secrets_may_be_several_and_public_ones_none(start):
-    several = start(SEGMENT_SHARED_SECRET="old new", SEGMENT_PUBLIC_SECRET="a b")
-    none = start(SEGMENT_SHARED_SECRET="old", SEGMENT_PUBLIC_SECRET=None)
-    for receiver, shared, query, status in [
-        (several, "old", "a", 200), (several, "new", "b", 200), (none, "old", "", 200), (none, "old", "a&secret=b", 200),
-        (several, "old new", "a", 401), (several, "", "a", 401), (several, "old", "a+b", 401), (none, "new", "", 401),
-    ]:  # fmt: skip
-        target, signature = f"/webhook?secret={query}", sign(b"{}", shared)
-        answer = receiver.post(b"{}", target=target, X_Signature=signature)
-        assert answer.status == status
 
 
 ODD = b'{"a":"}],{\\"{["}'
@@ -684,8 +673,8 @@ BATCHES: dict[str, tuple[bytes, bytes, int, int]] = {
 
 
 def test_a_longer_batch_is_let_in_by_its_first_event_if_trusted(start):
-    wary, trusting = start(), start("--trust-batches")
-    wait_until(lambda: "batches are trusted" in trusting.log)
+    # Who has set no public secret is not asked for one: another's counts for nothing.
+    wary, trusting = start(), start("--trust-batches", SEGMENT_PUBLIC_SECRET=None)
     for name, (body, part, *statuses) in BATCHES.items():
         answers = [each.post(body, X_Signature=sign(part)) for each in (wary, trusting)]
         assert [answer.status for answer in answers] == statuses, name
