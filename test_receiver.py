@@ -803,12 +803,6 @@ def test_segments_destinations_are_understood(start, trusting):
     answers = [receiver.post(body.encode(), X_Signature=signature) for body in bodies]
     batches = [200, 200] if trusting else [401, 401]
     assert [answer.status for answer in answers] == [200, 200, *batches, 401]
-    counts = {"inserted": 0, "duplicates": 1, "rejected": 0}
-    assert answers[0].json == {"insertedId": events[0]["messageId"]}
-    assert answers[1].json == counts
-    if trusting:
-        assert answers[2].json == counts | {"inserted": len(KINDS) - 1}
-        assert answers[3].json == counts | {"duplicates": len(KINDS)}
     odd = [1e21, 1e-7, 1e20, 0, 5e-324, "\ufffd", '\0\u2028</script>"\\\x7f']
     events[0]["odd"] = odd  # as JSON.stringify writes it
     sent = events if trusting else events[:1]
@@ -839,11 +833,9 @@ def test_who_is_answered_together_is_stored_together(start, own_mongod):
     """Four who send one event after another share an insert; a lone event never waits."""
     for seconds, senders, most in ((60, 1, 20), (0.4, 4, 35)):
         # A batch in flight is waited for, however slow this machine is.
-        command = hurried(GATHER_SECONDS=seconds, BATCH_SECONDS=60)
-        receiver = start(command=command)
+        receiver = start(GATHER_SECONDS=seconds, BATCH_SECONDS=60)
         before = inserts(own_mongod)
-        post = lambda receiver=receiver: receiver.post(track()).status
-        send = lambda post=post: {post() for _ in range(20)}
+        send = lambda r=receiver: {r.post(track()).status for _ in range(20)}
         assert together(*[send] * senders) == [{200}] * senders
         assert inserts(own_mongod) - before <= most
 
@@ -922,9 +914,6 @@ REPEATS: dict[str, tuple[Callable[[Any], Any], list[tuple[str, dict[str, Any]]]]
         *((word, {"_id": id_, "n": n}) for word, n in ((NEW, 1), (REPEAT, 1), (WAITS, 2), (WAITS, 1.0), (WAITS, True)) for id_ in OWN_IDS),
         (NEW, {"_id": "p2", "messageId": "a", "n": 1}), (WAITS, {"_id": "p2", "messageId": "a", "n": 2}),
         (REPEAT, {"messageId": "p2", "n": 1}),  # Segment's own word for it
-        (NEW, {"messageId": "m", "n": 1}), (REPEAT, {"messageId": "m", "n": 2}),
-        (NEW, {"messageId": "", "n": 1}), (NEW, {"messageId": "", "n": 1}),
-        (NEW, {"messageId": "cut \ud83d", "n": 1}), (NEW, {"messageId": "cut \ud83c", "n": 1}),  # both would be "cut \ufffd"
     ]),
     "errors without keyPattern": (lambda events: events.create_index("userId", unique=True, sparse=True), [
         (NEW, {"messageId": "m", "userId": "ada"}), (REPEAT, {"messageId": "m", "n": 2}), (WAITS, {"messageId": "o", "userId": "ada"}),
@@ -950,11 +939,9 @@ REPEATS: dict[str, tuple[Callable[[Any], Any], list[tuple[str, dict[str, Any]]]]
 @pytest.mark.parametrize("special", REPEATS)
 def test_only_the_same_is_a_repeat(start, mongod, special):
     prepare, rows = REPEATS[special]
-    uri = mongod.uri
-    if "keyPattern" in special:  # as MongoDB-compatible services answer
-        uri = behind_proxy(
-            mongod, lambda data: data.replace(b"keyPattern", b"otherwords")
-        )
+    # As MongoDB-compatible services answer.
+    without = lambda data: data.replace(b"keyPattern", b"otherwords")
+    uri = behind_proxy(mongod, without) if "keyPattern" in special else ""
     receiver = start(uri=uri)
     events = mongod.client[receiver.database].events
     prepare(events)
@@ -990,15 +977,12 @@ def test_a_user_who_may_only_insert_is_enough(start, replica_set, tmp_path):
     root.admin.command("createUser", "wr%ter", pwd="p@ss", roles=["writer"])
     receiver = start(uri="mongodb://wr%25ter:p%40ss" + host, MONGODB_DATABASE="segment")
     event, own = track(), {"_id": 5}
-    expected = {"insertedId": event["messageId"]}
-    assert receiver.post(event).json == expected
-    assert receiver.post(event).json == expected | {"duplicate": True}
-    assert receiver.post(own).json == {"insertedId": 5}
-    assert receiver.post(own).status == 202  # it may not look whether it is the same
-    assert receiver.post([event, track()]).json["inserted"] == 1
-    assert root.segment.events.count_documents({}) == 3
-    settings = receiver.environment | {"RECEIVER_DATA_DIR": str(tmp_path / "check")}
-    assert run("--check", **settings).returncode == 0
+    answers = [receiver.post(each) for each in (event, event, own, own)]
+    # It may not look whether an _id of the event's own is of the same.
+    assert [answer.status for answer in answers] == [200, 200, 200, 202]
+    assert root.segment.events.count_documents({}) == 2
+    receiver.stop()
+    assert run("--check", **receiver.environment).returncode == 0
     other = start(uri="mongodb://wr%25ter:wr0ng" + host)
     assert other.post(track()).status == 202
     wait_until(lambda: "Authentication" in other.log)
