@@ -19,7 +19,7 @@ import json
 import os
 import random
 import re
-import selectors
+import select
 import shutil
 import signal
 import socket
@@ -30,7 +30,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,11 +152,11 @@ def parse_answers(received: bytes) -> list[Answer]:
 
 
 def readable(*clients: socket.socket, seconds: float = 0) -> bool:
-    """Tells whether one has something to read, or ends. (select takes 1024 files.)"""
-    with selectors.DefaultSelector() as selector:
-        for client in clients:
-            selector.register(client, selectors.EVENT_READ)
-        return bool(selector.select(seconds))
+    """Tells whether one has something to read, or ends."""
+    poll = select.poll()
+    for client in clients:
+        poll.register(client, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
 
 
 class Receiver:
@@ -502,20 +502,18 @@ def signed(event: Any, *fields: str, request_line: str = POST) -> bytes:
 # --- Settings ---------------------------------------------------------------------------
 
 
-def load(given: Mapping[str, str | None], folder: Path) -> product.Settings:
+def load(given: dict[str, str], folder: Path) -> product.Settings:
     """Loads flags, variables, and systemd's credentials, named in small letters."""
-    flags, variables = [], SECRET | {"CREDENTIALS_DIRECTORY": str(folder)} | given
+    flags, variables = [], {"CREDENTIALS_DIRECTORY": str(folder)} | given
     for name, value in given.items():
         if name.startswith("--"):
             flags += [name, value] if value else [name]
         elif name.islower():
             (folder / name).write_text(value)
-    known = {name: value for name, value in variables.items() if value is not None}
-    return product.Settings.load(flags, known)
+    return product.Settings.load(flags, variables)
 
 
 SECRET = {"SEGMENT_SHARED_SECRET": "s"}
-NO_SECRET = {"SEGMENT_SHARED_SECRET": None}
 CHOSEN: dict[str, tuple[dict[str, Any], str, Any]] = {
     "a flag before the environment": ({"--port": "1", "RECEIVER_PORT": "2"}, "port", 1),
     "RECEIVER_PORT before PORT": ({"RECEIVER_PORT": "2", "PORT": "3"}, "port", 2),
@@ -523,9 +521,9 @@ CHOSEN: dict[str, tuple[dict[str, Any], str, Any]] = {
     "systemd's StateDirectory, the first of two": ({"STATE_DIRECTORY": "/a:/b"}, "data_dir", "/a"),
     "one's own folder before it": ({"STATE_DIRECTORY": "/a", "RECEIVER_DATA_DIR": "/b"}, "data_dir", "/b"),
     "a flag for on": ({"--trust-batches": "", "SEGMENT_TRUST_BATCHES": "0"}, "trust_batches", True),
-    "several of systemd's credentials": (NO_SECRET | {"segment_shared_secret": "old\n\tnew\n"}, "shared_secrets", (b"old", b"new")),
+    "several of systemd's credentials": ({"segment_shared_secret": "old\n\tnew\n"}, "shared_secrets", (b"old", b"new")),
     "a credential for the public secret": ({"segment_public_secret": "hunter2\n"}, "public_secrets", (b"hunter2",)),
-    "a variable before a credential": ({"segment_shared_secret": "old"}, "shared_secrets", (b"s",)),
+    "a variable before a credential": (SECRET | {"segment_shared_secret": "old"}, "shared_secrets", (b"s",)),
 }  # fmt: skip
 
 
@@ -568,14 +566,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     *(({name: value}, name) for name, values in BAD_VALUES.items() for value in values),
     # A secret that failed to arrive must not become somebody's demo.
     *(({name: ""}, name) for name in VARIABLES),
-    *((NO_SECRET | {"segment_shared_secret": value}, "segment_shared_secret") for value in ("", " \n", "'quoted'")),
+    *(({"segment_shared_secret": value}, "segment_shared_secret") for value in ("", " \n", "'quoted'")),
     # Also where another one counts.
     ({"RECEIVER_PORT": "1", "PORT": ""}, "^PORT is empty"), ({"--host": "::1", "RECEIVER_HOST": ""}, "RECEIVER_HOST is empty"),
     ({"--demo": "hunter2"}, "argument"), ({"MONGODB_URI": URI.replace("mongodb", "http")}, "must begin with 'mongodb://'"),
     ({"MONGODB_URI": f"{URI}?tls=True"}, "of tls must be 'true'"),
     # A demo is for this machine.
     *((demo | {"RECEIVER_HOST": host}, f"{name}.*loopback") for host in ("0.0.0.0", "::", "192.0.2.1", "example.com")
-      for name, demo in (("SEGMENT_SHARED_SECRET", NO_SECRET), ("--demo", {"--demo": ""}))),
+      for name, demo in (("SEGMENT_SHARED_SECRET", {}), ("--demo", SECRET | {"--demo": ""}))),
 ]  # fmt: skip
 
 
@@ -877,9 +875,7 @@ def test_too_many_events_in_flight_are_503(start, own_mongod):
 # --- Storage: repeats ---------------------------------------------------------------------
 
 
-def behind_proxy(
-    mongod: Mongod, change: Callable[[bytes], bytes] = bytes, most: int = sys.maxsize
-) -> str:
+def behind_proxy(mongod: Mongod, change: Any = bytes, most: int = sys.maxsize) -> str:
     """Returns the URI of a proxy that passes on what is made of each piece, until a
     connection has had so many bytes in one direction."""
     listener = socket.create_server(("127.0.0.1", 0))
@@ -890,9 +886,8 @@ def behind_proxy(
             while passed <= most and (data := source.recv(1 << 16)):
                 sink.sendall(change(data))
                 passed += len(data)
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)  # so the other way ends, too
 
     def accept() -> None:
         while True:
