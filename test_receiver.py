@@ -287,9 +287,6 @@ def after(*lines: str, options: str = "", **constants: float) -> tuple[str, ...]
     return (sys.executable, *options.split(), "-c", "\n".join(program))
 
 
-hurried = after
-
-
 def handing_over(descriptor: int) -> tuple[str, str]:
     """Returns lines that hand over a socket as systemd does."""
     variables = "LISTEN_FDS='1', LISTEN_PID=str(os.getpid())"
@@ -334,6 +331,7 @@ def kept(receiver: Receiver) -> dict[bytes, str]:
 
 # Less patience, so that a test sees in a second what takes half a minute in earnest.
 QUICK = {"RETRY_SECONDS": 0.05, "REFUSED_SECONDS": 0.2}
+hurried = after
 FORBIDDEN = {"validator": {"forbidden": {"$exists": False}}}  # of a collection
 
 
@@ -527,9 +525,8 @@ CHOSEN: dict[str, tuple[dict[str, Any], str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CHOSEN)
-def test_the_settings_take(tmp_path, name):
-    given, field, value = CHOSEN[name]
+@pytest.mark.parametrize(("given", "field", "value"), CHOSEN.values(), ids=CHOSEN)
+def test_the_settings_take(tmp_path, given, field, value):
     settings = load(given, tmp_path)
     assert getattr(settings, field) == value and "hunter2" not in repr(settings)
 
@@ -661,7 +658,7 @@ BATCHES: dict[str, tuple[bytes, bytes, int, int]] = {
     "its only event is signed": (b"[%s]" % ODD, ODD, 200, 200),
     "wrapped by Extensible Webhook": (b'[{"json":%s},{"json":{}}]' % ODD, ODD, 401, 200),
     "its only event is wrapped": (b'[{"json":%s}]' % ODD, ODD, 200, 200),
-    "all of it is signed": (b"[%s,{}]" % ODD, b"[%s,{}]" % ODD, 200, 200),
+    "all of it is signed": (b'[{"json":{}}]', b'[{"json":{}}]', 200, 200),
     "its first event has 60 KB": (b"[%s,{}]" % SMALL, SMALL, 401, 200),
     "its first event is past 64 KiB": (b"[%s,{}]" % LARGE, LARGE, 401, 401),
     "another event is signed": (b"[%s,{}]" % ODD, b"{}", 401, 401),
@@ -678,8 +675,9 @@ def test_a_longer_batch_is_let_in_by_its_first_event_if_trusted(start):
         assert [answer.status for answer in answers] == statuses, name
         if body.startswith(b"[") and answers[0].status == 401:
             assert "SEGMENT_TRUST_BATCHES" in answers[0].json["error"]
-    assert wary.events().count_documents({}) == 4  # unwrapped
-    assert not trusting.events().find_one({"json": {"$exists": True}})
+    for each, stored in (wary, 3), (trusting, 9):  # unwrapped, but for what is signed
+        assert each.events().count_documents({}) == stored
+        assert each.events().count_documents({"json": {"$exists": True}}) == 1
 
 
 # --- Events -----------------------------------------------------------------------------
@@ -698,7 +696,6 @@ FAITHFUL: dict[str, tuple[str, ...]] = {
         '{"a":[9223372036854775808.0,-9223372036854775808.0,1e20]}'),
     "floats": ('{"a":[1e20,-0.0,0.1,1.0,5e-324,1.7976931348623157e308,1E400,-1e400,1e-400,1e+21,1e-7]}',),
     "5000 digits": (f'{{"a":{"1" * 5000},"b":-{"1" * 5000},"c":0.{"1" * 5000}}}', f'{{"a":1e999,"b":-1e999,"c":0.{"1" * 20}}}'),
-    "literals": ('{"a":[true,false,null],"b":{},"c":[],"d":[{},[]],"e":""}',),
     "duplicate keys": ('{"a":1,"b":2,"a":3}',),
     "100 levels": ('{"a":[' * 50 + "]}" * 50,),
     "siblings are no levels": ('{"a":[' + ",".join(["{}"] * 300) + "]}",),
@@ -765,14 +762,12 @@ def test_a_signed_body_that_is_refused_is_kept(receiver, case):
 def test_a_batch_is_answered_with_counts(receiver):
     batch = [track() for _ in range(1000)]
     mixed = [track(), {"_id": [1]}, batch[0], {"a\0": 1}, batch[0], {}]
-    whole = [{"json": {"whole": 1}}]  # not unwrapped, as it is signed itself
-    rows = [(batch, 1000, 0, 0), (mixed, 2, 2, 2), (whole, 1, 0, 0), ([], 0, 0, 0)]
+    rows = [(batch, 1000, 0, 0), (mixed, 2, 2, 2), ([], 0, 0, 0)]
     for events, inserted, duplicates, rejected in rows:
         counts = {"inserted": inserted, "duplicates": duplicates, "rejected": rejected}
         answer = receiver.post(events)
         assert (answer.status, answer.json) == (200, counts)
     assert "array" in kept(receiver)[json.dumps(mixed).encode()]
-    assert receiver.events().find_one({"json.whole": 1})
 
 
 # As Segment's published destinations do it (segmentio/action-destinations: webhook,
@@ -792,20 +787,17 @@ KINDS = ("track", "identify", "page", "screen", "group", "alias", "delete")
 
 
 @needs("node")
-@pytest.mark.parametrize("trusting", [False, True])
-def test_segments_destinations_are_understood(start, trusting):
-    receiver = start(SEGMENT_TRUST_BATCHES=str(trusting))
+def test_segments_destinations_are_understood(start):
+    receiver = start(SEGMENT_TRUST_BATCHES="on")
     events = [track(type=kind) for kind in KINDS]
     said = succeeds("node", "-e", SEGMENT, SHARED, json.dumps(events))
     signature, *bodies = json.loads(said)
     answers = [receiver.post(body.encode(), X_Signature=signature) for body in bodies]
-    batches = [200, 200] if trusting else [401, 401]
-    assert [answer.status for answer in answers] == [200, 200, *batches, 401]
+    assert [answer.status for answer in answers] == [200, 200, 200, 200, 401]
     odd = [1e21, 1e-7, 1e20, 0, 5e-324, "\ufffd", '\0\u2028</script>"\\\x7f']
     events[0]["odd"] = odd  # as JSON.stringify writes it
-    sent = events if trusting else events[:1]
     documents = [bson.encode(document) for document in receiver.events().find()]
-    assert documents == [bson.encode({"_id": e["messageId"]} | e) for e in sent]
+    assert documents == [bson.encode({"_id": e["messageId"]} | e) for e in events]
 
 
 # --- Storage: group commit ----------------------------------------------------------------
@@ -966,10 +958,9 @@ def test_a_user_who_may_only_insert_is_enough(start, replica_set, tmp_path):
     mongod.client.admin.command("createUser", "root", pwd="root", roles=["root"])
     host = f"@127.0.0.1:{mongod.port}/"
     root = client_of("mongodb://root:root" + host)
-    events = {"db": "segment", "collection": "events"}
-    rights = [{"resource": events, "actions": ["insert"]}]
-    root.admin.command("createRole", "writer", privileges=rights, roles=[])
-    root.admin.command("createUser", "wr%ter", pwd="p@ss", roles=["writer"])
+    (role,) = given_to("createRole", "createRole")  # the README's
+    root.admin.command("createRole", name := role.pop("role"), **role)
+    root.admin.command("createUser", "wr%ter", pwd="p@ss", roles=[name])
     receiver = start(uri="mongodb://wr%25ter:p%40ss" + host, MONGODB_DATABASE="segment")
     event, own = track(), {"_id": 5}
     answers = [receiver.post(each) for each in (event, event, own, own)]
