@@ -50,6 +50,7 @@ PUBLIC = "public/secret+ä"
 QUERY = "?secret=public%2Fsecret+%C3%A4"
 TARGET = "/webhook" + QUERY
 README = (HERE / "README.md").read_text()
+HANDED_OVER = "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()))"
 PROGRAM = (sys.executable, str(HERE / "receiver.py"))
 client_of: Any = functools.cache(pymongo.MongoClient)
 
@@ -282,12 +283,6 @@ def after(*lines: str, options: str = "", **constants: float) -> tuple[str, ...]
     return (sys.executable, *options.split(), "-c", "\n".join(program))
 
 
-def handing_over(descriptor: int) -> tuple[str, str]:
-    """Returns lines that hand over a socket as systemd does."""
-    variables = "LISTEN_FDS='1', LISTEN_PID=str(os.getpid())"
-    return f"os.dup2({descriptor}, 3)", f"os.environ.update({variables})"
-
-
 def run(*arguments: str, **environment: Any) -> Any:
     """Runs the receiver to its end, as for a bad setting or --help."""
     env = {"PATH": os.environ["PATH"]} | environment
@@ -326,7 +321,6 @@ def kept(receiver: Receiver) -> dict[bytes, str]:
 
 # Less patience, so that a test sees in a second what takes half a minute in earnest.
 QUICK = {"RETRY_SECONDS": 0.05, "REFUSED_SECONDS": 0.2}
-hurried = after
 FORBIDDEN = {"validator": {"forbidden": {"$exists": False}}}  # of a collection
 
 
@@ -1070,7 +1064,7 @@ for name in ("fsync", "replace", "rename", "unlink"):
     watch(os, name)
 watch(Collection, "insert_many")
 """
-WATCHED = hurried(WATCH, RETRY_SECONDS=0.1)
+WATCHED = after(WATCH, RETRY_SECONDS=0.1)
 
 
 def steps_of(receiver: Receiver) -> str:
@@ -1136,7 +1130,7 @@ def test_a_kill_at_any_step_loses_nothing(start, mongod):
 @pytest.mark.parametrize("size", [0, 1_000_000])
 def test_a_slow_mongodb_gets_all(start, own_mongod, size):
     """A large insert may take long at once, a small one after it has failed."""
-    command = hurried(INSERT_SECONDS=0.3, PIECE_SECONDS=0.5)
+    command = after(INSERT_SECONDS=0.3, PIECE_SECONDS=0.5)
     receiver = start(command=command)
     slow = failing(blockConnection=True, blockTimeMS=1500)
     slow(own_mongod, receiver.database, True)
@@ -1185,7 +1179,7 @@ def test_a_broken_link_stops_one_file_only(start, mongod):
 def test_files_that_are_no_spool_are_set_aside(start):
     # Root may read everything: without its capabilities it is a user like others.
     bare = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
-    command = (*(() if os.geteuid() else bare), *hurried(**QUICK))
+    command = (*(() if os.geteuid() else bare), *after(**QUICK))
     receiver = start(command=command)
     receiver.stop()
     foreign = {
@@ -1371,7 +1365,7 @@ def test_filling_the_disk_is_503_and_loses_nothing(start, own_mongod, tmp_path, 
     spool, sent = disk / "spool", []
     # Half a second is how often pymongo looks for a server: with less it finds none.
     quick = QUICK | {"PIECE_SECONDS": 0.6, "PIECE_BYTES_PER_SECOND": 1_000_000}
-    options = {"command": hurried(**quick), "RECEIVER_DATA_DIR": str(disk)}
+    options = {"command": after(**quick), "RECEIVER_DATA_DIR": str(disk)}
     options |= {"RECEIVER_MAX_SPOOL_BYTES": "20000"} if full == "the spool" else {}
     with small_disk(disk) if full == "the disk" else contextlib.nullcontext():
         receiver = start(**options)
@@ -1410,7 +1404,7 @@ def test_filling_the_disk_is_503_and_loses_nothing(start, own_mongod, tmp_path, 
 def test_restarting_under_load_with_the_socket_held_loses_nothing(start):
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
     port, descriptor = str(listener.getsockname()[1]), listener.fileno()
-    command = after(*handing_over(descriptor))
+    command = after(f"os.dup2({descriptor}, 3)", HANDED_OVER)
     receiver = start(command=command, pass_fds=(descriptor,), RECEIVER_PORT=port)
     for _ in range(3):
         clients: list[socket.socket] = []
@@ -1818,7 +1812,7 @@ def test_it_takes_a_unix_socket_from_systemd(mongod, tmp_path):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path := str(tmp_path / "socket"))
         listener.listen()
-        command = after(*handing_over(listener.fileno()))
+        command = after(f"os.dup2({listener.fileno()}, 3)", HANDED_OVER)
         env = {"RECEIVER_DATA_DIR": str(tmp_path), "MONGODB_URI": mongod.uri} | SECRET
         with subprocess.Popen(
             command, env=env, pass_fds=[listener.fileno()]
@@ -2143,8 +2137,8 @@ def test_stopping_cannot_hang(start, own_mongod, status):
 
 
 PIPE = "read, log = os.pipe()"
-UNREAD = (PIPE, "os.set_inheritable(read, True)", "fcntl.fcntl(log, 1031, 4096)")
-TO_LOG = ("os.set_inheritable(log, True)", "os.dup2(log, 1)", "os.dup2(log, 2)")
+UNREAD = (PIPE, "fcntl.fcntl(log, 1031, 4096)")
+TO_LOG = ("os.dup2(log, 1)", "os.dup2(log, 2)")
 LIMITS = {
     "its log has no reader": (PIPE, "os.close(read)", *TO_LOG),
     "its log is not read": (*UNREAD, *TO_LOG),
@@ -2195,7 +2189,7 @@ def test_systemd_hands_over_its_socket_and_is_told_how_it_is(
     names += " SEGMENT_SHARED_SECRET SEGMENT_PUBLIC_SECRET"
     passed = [f"--setenv={name}" for name in names.split()]
     listen = ("systemd-socket-activate", f"--listen=127.0.0.1:{port}", *passed)
-    command = (*listen, *hurried(WEDGED_SECONDS=0.5, INSERT_SECONDS=3.5))
+    command = (*listen, *after(WEDGED_SECONDS=0.5, INSERT_SECONDS=3.5))
     receiver = start(command=command, **settings)
     wait_for("READY=1")
     assert receiver.post(track()).status == 200
@@ -2294,8 +2288,6 @@ def test_the_readmes_mongosh_snippets(mongod):
     events.insert_one(track(event="Order Completed", timestamp="2027"))
     (funnel,) = events.aggregate(*given_to("aggregate", "Order Completed"))
     assert (funnel["favorited"], funnel["ordered"]) == (1, 1)
-    (role,) = given_to("createRole", "createRole")
-    mongod.client.admin.command("createRole", role.pop("role"), **role)
 
 
 # --- Page -------------------------------------------------------------------------------
