@@ -1632,13 +1632,12 @@ def test_a_body_over_the_limit_is_413_and_is_logged(start):
     """Segment will not send it again, so whoever runs the receiver must hear of it, but
     where anybody may announce any size, he cannot fill the log with them."""
     body = json.dumps(track()).encode().ljust(LIMIT)
-    for public, expected in ((PUBLIC, ["ERROR"] * 2), (None, ["WARNING"])):
+    error = f"ERROR .*RECEIVER_MAX_BODY_BYTES={LIMIT}: 1677721[78] bytes"
+    for public, line, count in ((PUBLIC, error, 2), (None, "WARNING .* 413 ", 1)):
         receiver = start(SEGMENT_PUBLIC_SECRET=public)
         statuses = [receiver.post(body + more).status for more in (b"", b" ", b"  ")]
         assert statuses == [200, 413, 413] and receiver.stop() == 0
-        assert re.findall(r"(\w+) +refused: 413 ", receiver.log) == expected
-        named = f"RECEIVER_MAX_BODY_BYTES={LIMIT}: {LIMIT + 1} bytes" in receiver.log
-        assert named == (public is not None)
+        assert len(re.findall(line, receiver.log)) == count
 
 
 def test_health_counts_for_those_who_know_the_public_secret(receiver):
@@ -1972,27 +1971,16 @@ def test_the_demo_is_for_this_machine(demo_receiver):
         requests[message(f"{elsewhere} HTTP/1.0", LOCAL)] = 403
         for request, status in requests.items():
             assert demo_receiver.raw(request)[0].status == status, request
+    page = demo_receiver.get("/")
+    assert page.payload == (HERE / "demo.html").read_bytes()
+    assert page.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
 
 
-def test_the_demos_events_need_secret_and_limit(demo_receiver):
-    for query in ("", "?secret=wrong"):
-        assert demo_receiver.get("/events" + query).status == 401
+def test_the_demo_shows_documents_exactly_to_who_knows_the_secret(demo_receiver):
+    """A driver would make a DBRef of its own of a $ref."""
+    assert demo_receiver.get("/events?secret=wrong").status == 401
     for limit in ("0", "-1", "101", "1e2", "%D9%A5"):
         assert demo_receiver.get(f"{EVENTS}&limit={limit}").status == 400, limit
-
-
-def test_the_demo_page_may_not_be_framed(demo_receiver):
-    answer = demo_receiver.get("/")
-    assert answer.payload == (HERE / "demo.html").read_bytes()
-    assert b"<noscript><p><strong>JavaScript is off.</strong>" in answer.payload
-    assert b"innerHTML" not in answer.payload
-    assert b"Content-Security-Policy" in answer.payload  # also where it is a file
-    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
-    assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
-
-
-def test_the_demo_shows_documents_exactly(demo_receiver):
-    """A driver would make a DBRef of its own of a $ref."""
     ids = "100000000000000000000", r'"\ud800"'
     for id_ in (*ids, '{"$in":[1]}', r'{"a\u0000":1}', "NaN", "["):  # of no document
         demo_receiver.post(b'{"_id":%s}' % id_.encode())
@@ -2024,10 +2012,7 @@ def test_only_local_pages_may_read_a_demo(demo_receiver, receiver, origin):
         headers = demo_receiver.request(method, target, Origin=origin).headers
         allowed = headers["Access-Control-Allow-Origin"]
         assert allowed == (origin if origin in LOCAL_ORIGINS else None)
-        assert "Access-Control-Allow-Credentials" not in headers
         assert not allowed or "Origin" in headers["Vary"]
-        if allowed and method == "OPTIONS":
-            assert "X-Signature" in headers["Access-Control-Allow-Headers"]
         plain = receiver.request(method, target, Origin=origin).headers
         assert not [name for name in plain if "Access-Control" in name]
 
