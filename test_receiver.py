@@ -7,7 +7,6 @@ MongoDB is a mongod that the tests start in a temporary folder.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import hashlib
 import hmac
@@ -1763,20 +1762,15 @@ def test_a_body_counts_with_what_has_come_of_it(start):
     clients = [receiver.connect() for _ in range(20)]
     for client in clients:
         client.sendall(promise)
-    receiver.health()  # so it has read all that
-    for client in clients:
-        client.sendall(b"x")
         assert receiver.post(track(text="x" * 1_000_000)).status == 200
+        client.sendall(b"x")  # now that the head is read: so it has begun
     assert not readable(*clients)
     for client in clients[1:3]:
         client.sendall(bytes(LIMIT - 99))
     time.sleep(0.3)
-    receiver.process.send_signal(signal.SIGSTOP)  # so that it reads it in one go
-    clients[0].sendall(bytes(1 << 18))
-    receiver.process.send_signal(signal.SIGCONT)
-    assert readable(*clients, seconds=30)
-    [answer] = parse_answers(clients[0].recv(4096))
-    assert answer.status == 503 and answer.headers["Retry-After"]
+    with paused(receiver):  # so that it reads it in one go
+        clients[0].sendall(bytes(1 << 18))
+    assert parse_answers(clients[0].recv(4096))[0].status == 503
     assert not readable(*clients[1:])
     for client in clients:  # 320 MB, of which those that end are not kept
         with contextlib.suppress(OSError):
@@ -1799,43 +1793,33 @@ def test_who_waits_longest_makes_room(start, own_mongod):
     busy, idle, head, body = clients
     for client, end in ((busy, None), (head, 10), (body, -10)):
         client.sendall(signed({})[:end])
-
-    def all_ended():
-        receiver.connect()
-        return all(readable(client, seconds=0.05) for client in (idle, head, body))
-
-    wait_until(all_ended)
+    wait_until(lambda: receiver.connect() and all(map(readable, (idle, head, body))))
     assert read_answers(idle) == []
     told = [*refused, *read_answers(head), *read_answers(body)]
     assert [answer.status for answer in told] == [503] * 3
-    assert all(answer.headers["Retry-After"] for answer in told)
     assert parse_answers(busy.recv(4096))[0].status == 202
 
 
 def test_mutated_requests_are_refused_and_not_stored(start):
-    receiver, event, chance = start(), {"_id": "good", "text": "x"}, random.Random(0)
+    receiver, event, dice = start(), {"_id": "good", "text": "x"}, random.Random(0)
     good = [signed(event), signed(event, "Expect: 100-continue")]
     for _ in range(2000):
         sent = b""
-        for data in chance.choices([*good, *good, chance.choice(ALL)], k=4):
-            at, size = chance.randrange(len(data)), chance.choice((0, 1, 2, 8, 60))
-            other = chance.choice(ALL)[chance.randrange(20) :][:size]
-            new = chance.choice(
-                (chance.randbytes(size), data[at : at + size] * 2, other)
-            )
+        for data in dice.choices([*good, *good, dice.choice(ALL)], k=4):
+            at, size = dice.randrange(len(data)), dice.choice((0, 1, 2, 8, 60))
+            other = dice.choice(ALL)[dice.randrange(20) :][:size]
+            new = dice.choice((dice.randbytes(size), data[at : at + size] * 2, other))
             sent += data[:at] + new + data[at + size :]
         statuses = {answer.status for answer in receiver.raw(sent, half_close=True)}
         assert statuses, sent
         assert statuses <= {100, 200, 400, 401, 404, 405, 411, 413, 414, 431}, sent
-    assert receiver.post(event).status == 200
     assert [*receiver.events().find()] == [event]
-    assert "internal error" not in receiver.log
 
 
 # HTTP: the log
 
 
-def test_answers_and_log_give_nothing_away(start, tmp_path):
+def test_answers_and_log_give_nothing_away(start):
     journal = "it = os.fstat(2)", "os.environ['JOURNAL_STREAM'] = f'{it[2]}:{it[1]}'"
     receiver = start(command=after(*journal))
     receiver.events().create_index("email", unique=True, sparse=True)
@@ -1851,14 +1835,16 @@ def test_answers_and_log_give_nothing_away(start, tmp_path):
             assert answers[-1].status == 202
         answers.append(receiver.post({"_id": {"$" + text: 1}}))
     assert receiver.stop() == 0
+    demo = start(SEGMENT_SHARED_SECRET=None)  # it shows the secrets that it made up
+    wait_until(lambda: demo.log.count("secret=SEGMENT_PUBLIC_SECRET") == 2)
     text = receiver.log + "".join(f"{a.headers}{a.payload.decode()}" for a in answers)
     ours = "python|traceback|codec|receiver.py|exception|server:|quoted|stolen"
     theirs = f"public%2f|private-query|{SHARED}|{re.escape(PUBLIC)}"
-    assert not re.search(f"{ours}|{theirs}", text, re.IGNORECASE)
+    assert not re.search(f"{ours}|{theirs}", text + demo.log, re.IGNORECASE)
     lines = receiver.log.splitlines()
     assert all(re.match("<[346]>", line) and line.isprintable() for line in lines)
     assert [line for line in lines if line.startswith("<4>") and "401" in line]
-    assert len([line for line in lines if "kept as " not in line]) < 40  # of 400
+    assert len(lines) < 40  # of 400
 
 
 # HTTP: sockets and proxies
@@ -1897,44 +1883,36 @@ CADDY = readme_block("reverse_proxy").replace("8080", "RECEIVER\nrespond /webhoo
 NGINX = readme_block("listen 443 ssl")
 # Each refuses /webhook/ itself: what is hidden there can only have been smuggled past it.
 PROXIES = {
-    "nginx": ("nginx -p . -c conf -e stderr", (
-        "daemon off; user root; pid pid; events {} http { client_body_temp_path a; proxy_temp_path b; fastcgi_temp_path c;",
+    "nginx": ("nginx -p FOLDER -c conf -e stderr", (
+        "daemon off; master_process off; pid pid; events {} http { client_body_temp_path a; proxy_temp_path b; fastcgi_temp_path c;",
         "uwsgi_temp_path d; scgi_temp_path e;", NGINX.replace("443 ssl", "127.0.0.1:PORT").replace("8080", "RECEIVER")[:-2], "location /webhook/ { return 403; } } }")),
-    "haproxy": ("haproxy -f conf -db", (
+    "haproxy": ("haproxy -f FOLDER/conf -db", (
         "listen receiver", "mode http", "timeout connect 5s", "timeout client 5s", "timeout server 5s", "bind 127.0.0.1:PORT",
         "http-request deny if { path /webhook/ }", "http-reuse always", "server receiver 127.0.0.1:RECEIVER")),
-    "caddy": ("caddy run --config conf --adapter caddyfile", (
+    "caddy": ("caddy run --config FOLDER/conf --adapter caddyfile", (
         "{", "admin off", "}", CADDY.replace("your.host", "http://127.0.0.1:PORT"))),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("proxy", PROXIES)
+@pytest.mark.parametrize("proxy", [pytest.param(p, marks=needs(p)) for p in PROXIES])
 def test_nothing_is_smuggled_through(start, tmp_path, proxy):
-    if not shutil.which(proxy):
-        pytest.skip(f"no {proxy} here")
-    receiver = start()
-    proxied = copy.copy(receiver)
-    proxied.port = free_port()
+    receiver, port = start(), str(free_port())
     command, lines = PROXIES[proxy]
     text = "\n".join((*lines, "")).replace("RECEIVER", str(receiver.port))
     text = re.sub("/etc/ssl/[^;]+", certificate(tmp_path), text)
-    (tmp_path / "conf").write_text(text.replace("PORT", str(proxied.port)))
-    options: Any = {"cwd": tmp_path, "env": os.environ | {"HOME": str(tmp_path)}}
-    process = subprocess.Popen(command.split(), stderr=subprocess.DEVNULL, **options)
-    with contextlib.ExitStack() as stack:
-        stack.callback(process.wait)
-        stack.callback(process.terminate)
-        wait_until(proxied.answers)
-        for method, size in (("POST", 10), ("PUT", 10_000), ("PATCH", 3_000_000)) * 2:
-            assert proxied.post(track(text="x" * size), method=method).status == 200
-        hidden = signed({"_id": "stolen"}, request_line=POST.replace("?", "/?"))
-        for head in {r.partition(b"\r\n\r\n")[0] for r in ALL if b"ength" in r}:
-            with proxied.connect() as client, contextlib.suppress(OSError):
-                client.settimeout(0.2)
-                client.sendall(head + b"\r\n\r\n0\r\n\r\n" + hidden * 2)
-                client.recv(1 << 16)
-        assert proxied.post(track()).status == 200
-        assert not receiver.events().find_one({"_id": "stolen"})
+    (tmp_path / "conf").write_text(text.replace("PORT", port))
+    command = command.replace("FOLDER", str(tmp_path)).split()
+    proxied = start(command=command, RECEIVER_PORT=port, HOME=str(tmp_path))
+    for method, size in (("POST", 10), ("PUT", 10_000), ("PATCH", 3_000_000)) * 2:
+        assert proxied.post(track(text="x" * size), method=method).status == 200
+    hidden = signed({"_id": "stolen"}, request_line=POST.replace("?", "/?"))
+    for head in {r.partition(b"\r\n\r\n")[0] for r in ALL if b"ength" in r}:
+        with proxied.connect() as client, contextlib.suppress(OSError):
+            client.settimeout(0.2)
+            client.sendall(head + b"\r\n\r\n0\r\n\r\n" + hidden * 2)
+            client.recv(1 << 16)
+    assert proxied.post(track()).status == 200
+    assert not receiver.events().find_one({"_id": "stolen"})
 
 
 # HTTP: the demo
@@ -2001,13 +1979,6 @@ def test_only_local_pages_may_read_a_demo(demo_receiver, receiver, origin):
         assert not allowed or "Origin" in headers["Vary"]
         plain = receiver.request(method, target, Origin=origin).headers
         assert not [name for name in plain if "Access-Control" in name]
-
-
-def test_a_demo_prints_no_secret_of_the_users_own(start):
-    receiver = start(SEGMENT_SHARED_SECRET=None)
-    wait_until(lambda: "Ctrl-C" in receiver.log)
-    assert "secret=SEGMENT_PUBLIC_SECRET" in receiver.log
-    assert QUERY not in receiver.log
 
 
 def test_the_demos_log_escapes_control_characters(demo_receiver):
