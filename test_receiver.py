@@ -1847,22 +1847,7 @@ def test_answers_and_log_give_nothing_away(start):
     assert len(lines) < 40  # of 400
 
 
-# HTTP: sockets and proxies
-
-
-@needs("curl")
-def test_it_takes_a_unix_socket_from_systemd(mongod, tmp_path):
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path := str(tmp_path / "socket"))
-        listener.listen()
-        command = after(*handing_over(listener.fileno()))
-        env = {"RECEIVER_DATA_DIR": str(tmp_path), "MONGODB_URI": mongod.uri} | SECRET
-        with subprocess.Popen(
-            command, env=env, pass_fds=[listener.fileno()]
-        ) as process:
-            said = succeeds("curl", "--unix-socket", path, "http://a/health")
-            process.terminate()
-    assert '"status"' in said and process.returncode == 0
+# HTTP: proxies
 
 
 def readme_block(words: str) -> str:
