@@ -1816,9 +1816,6 @@ def test_mutated_requests_are_refused_and_not_stored(start):
     assert [*receiver.events().find()] == [event]
 
 
-# HTTP: the log
-
-
 def test_answers_and_log_give_nothing_away(start):
     journal = "it = os.fstat(2)", "os.environ['JOURNAL_STREAM'] = f'{it[2]}:{it[1]}'"
     receiver = start(command=after(*journal))
