@@ -149,12 +149,12 @@ def parse_answers(received: bytes) -> list[Answer]:
     return answers
 
 
-def readable(*clients: socket.socket, seconds: float = 0) -> bool:
+def readable(*clients: socket.socket) -> bool:
     """Tells whether one has something to read, or ends. (select takes 1024 files.)"""
     with selectors.DefaultSelector() as selector:
         for client in clients:
             selector.register(client, selectors.EVENT_READ)
-        return bool(selector.select(seconds))
+        return bool(selector.select(0))
 
 
 class Receiver:
