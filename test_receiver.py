@@ -7,7 +7,6 @@ MongoDB is a mongod that the tests start in a temporary folder.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import hashlib
 import hmac
@@ -147,12 +146,12 @@ def parse_answers(received: bytes) -> list[Answer]:
     return answers
 
 
-def readable(*clients: socket.socket, seconds: float = 0) -> bool:
+def readable(*clients: socket.socket) -> bool:
     """Tells whether one has something to read, or ends."""
     poll = select.poll()
     for client in clients:
         poll.register(client, select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
+    return bool(poll.poll(0))
 
 
 class Receiver:
@@ -268,6 +267,7 @@ class Receiver:
 @contextlib.contextmanager
 def paused(receiver: Receiver) -> Iterator[None]:
     receiver.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, receiver.process.pid, os.WSTOPPED)
     end = time.monotonic() + 1.5
     yield
     wait_until(lambda: time.monotonic() > end)
@@ -1525,47 +1525,36 @@ def test_a_request_is_answered(receiver, name):
 def test_head_is_get_without_body(receiver, demo_receiver):
     targets = "/health" + QUERY, TARGET, "/", "/events" + QUERY
     for each, target in itertools.product((receiver, demo_receiver), targets):
-        with each.connect() as client:
-            client.sendall(message(f"HEAD {target} HTTP/1.1", LOCAL))
-            client.sendall(message(f"GET {target} HTTP/1.0", LOCAL))
-            received = b"".join(iter(lambda: client.recv(1 << 16), b""))
-        head, _, rest = received.partition(b"\r\n\r\n")
-        [answer] = parse_answers(rest)
-        assert head[9:12] == b"%d" % answer.status
-        assert b"\r\nContent-Length: %d\r\n" % len(answer.payload) in head
+        rest = message(f" {target} HTTP/1.0", LOCAL)
+        [head], [answer] = each.raw(b"HEAD" + rest), each.raw(b"GET" + rest)
+        assert (head.status, head.payload) == (answer.status, b"")
+        assert head.headers["Content-Length"] == str(len(answer.payload))
 
 
 def test_a_request_may_come_in_pieces_but_not_in_part(receiver):
-    rows = [(signed({}), cut) for cut in range(1, len(signed({})))]
-    rows += [(get(LONGEST), cut) for cut in range(-5, 0)]
-    clients = [receiver.connect() for _ in rows]
-    for client, (request, cut) in zip(clients, rows, strict=True):
+    request = signed({})
+    clients = [receiver.connect() for _ in request[1:]]
+    for cut, client in enumerate(clients, 1):
         client.sendall(request[:cut])
     receiver.get("/health")  # when this is answered, those have been read
-    for client, (request, cut) in zip(clients, rows, strict=True):
+    for cut, client in enumerate(clients, 1):
         client.sendall(request[cut:])
         assert client.recv(12) == b"HTTP/1.1 200", cut
         client.close()
-    for request, cut in rows:
         [answer] = receiver.raw(request[:cut], half_close=True)
         assert (answer.status, answer.headers["Connection"]) == (400, "close"), cut
 
 
 def test_a_body_over_the_limit_is_413_and_is_logged(start):
-    """Segment will not send it again, so whoever runs the receiver must hear of it."""
-    receiver, body = start(), json.dumps(track()).encode().ljust(LIMIT)
-    assert receiver.post(body).status == 200
-    assert receiver.post(body + b" ", target="/webhook").status == 401  # a stranger's
-    assert receiver.post(body + b" ").status == 413
-    line = wait_until(lambda: re.findall(f".* ERROR .*{LIMIT + 1}.*", receiver.log))
-    assert len(line) == 1 and str(LIMIT) in line[0] and "MAX_BODY_BYTES" in line[0]
-    # Where anybody may announce any size, he cannot fill the log with them.
-    receiver = start(SEGMENT_PUBLIC_SECRET=None)
-    for size in (1, 2, 3):
-        head = "POST /webhook HTTP/1.1", HOST, f"Content-Length: {LIMIT + size}"
-        receiver.raw(message(*head), half_close=True)
-    receiver.stop()
-    assert receiver.log.count(" 413 ") == 1
+    """Segment will not send it again, so whoever runs the receiver must hear of it, but
+    where anybody may announce any size, he cannot fill the log with them."""
+    body = json.dumps(track()).encode().ljust(LIMIT)
+    error = f"ERROR .*RECEIVER_MAX_BODY_BYTES={LIMIT}: 1677721[78] bytes"
+    for public, line, count in ((PUBLIC, error, 2), (None, "WARNING .* 413 ", 1)):
+        receiver = start(SEGMENT_PUBLIC_SECRET=public)
+        statuses = [receiver.post(body + more).status for more in (b"", b" ", b"  ")]
+        assert statuses == [200, 413, 413] and receiver.stop() == 0
+        assert len(re.findall(line, receiver.log)) == count
 
 
 def test_health_counts_for_those_who_know_the_public_secret(receiver):
@@ -1629,31 +1618,16 @@ def test_a_client_that_does_not_read_is_dropped(hurried_receiver):
 
 def test_who_sends_while_it_is_paused_is_not_late(start):
     """A container or a busy machine stops for a while; what came meanwhile counts."""
-    patience = {"IDLE_SECONDS": 3, "HEAD_SECONDS": 3, "BODY_SECONDS": 3}
-    receiver = start(BODY_BYTES_PER_SECOND=1e9, **patience)
-    began = time.monotonic()
-
-    def wait_for(seconds):
-        wait_until(lambda: time.monotonic() > began + seconds)
-
-    def ask(first, size, cut, then):
-        wait_for(first)
-        request = signed(track(text="x" * size), "Connection: close")
-        with receiver.connect() as client:
-            client.sendall(request[:cut])
-            wait_for(then)
+    receiver = start(IDLE_SECONDS=3, HEAD_SECONDS=3, BODY_SECONDS=3)
+    request, end = signed({}, "Connection: close"), time.monotonic() + 2.8
+    rows = [(cut, receiver.connect()) for cut in (0, 30, -30)]
+    for cut, client in rows:
+        client.sendall(request[:cut])
+    wait_until(lambda: time.monotonic() > end)
+    with paused(receiver):
+        for cut, client in rows:
             client.sendall(request[cut:])
-            return read_answers(client)[0].status
-
-    def pause():
-        wait_for(2.8)
-        with paused(receiver):
-            wait_for(5.5)
-
-    rows = [(0, 1, cut, 3) for cut in (0, 30, -30)]
-    rows += [(0.7, 1_000_000, 1000, 3), (2.2, 1, -30, 6.2)]  # large; after the pause
-    calls = [functools.partial(ask, *row) for row in rows * 4]
-    assert together(pause, *calls) == [None] + [200] * len(calls)
+    assert [read_answers(client)[0].status for _, client in rows] == [200] * 3
 
 
 # HTTP: strangers beside Segment, all at once
@@ -1705,20 +1679,15 @@ def test_a_body_counts_with_what_has_come_of_it(start):
     clients = [receiver.connect() for _ in range(20)]
     for client in clients:
         client.sendall(promise)
-    receiver.health()  # so it has read all that
-    for client in clients:
-        client.sendall(b"x")
         assert receiver.post(track(text="x" * 1_000_000)).status == 200
+        client.sendall(b"x")  # now that the head is read: so it has begun
     assert not readable(*clients)
     for client in clients[1:3]:
         client.sendall(bytes(LIMIT - 99))
     time.sleep(0.3)
-    receiver.process.send_signal(signal.SIGSTOP)  # so that it reads it in one go
-    clients[0].sendall(bytes(1 << 18))
-    receiver.process.send_signal(signal.SIGCONT)
-    assert readable(*clients, seconds=30)
-    [answer] = parse_answers(clients[0].recv(4096))
-    assert answer.status == 503 and answer.headers["Retry-After"]
+    with paused(receiver):  # so that it reads it in one go
+        clients[0].sendall(bytes(1 << 18))
+    assert parse_answers(clients[0].recv(4096))[0].status == 503
     assert not readable(*clients[1:])
     for client in clients:  # 320 MB, of which those that end are not kept
         with contextlib.suppress(OSError):
@@ -1741,43 +1710,30 @@ def test_who_waits_longest_makes_room(start, own_mongod):
     busy, idle, head, body = clients
     for client, end in ((busy, None), (head, 10), (body, -10)):
         client.sendall(signed({})[:end])
-
-    def all_ended():
-        receiver.connect()
-        return all(readable(client, seconds=0.05) for client in (idle, head, body))
-
-    wait_until(all_ended)
+    wait_until(lambda: receiver.connect() and all(map(readable, (idle, head, body))))
     assert read_answers(idle) == []
     told = [*refused, *read_answers(head), *read_answers(body)]
     assert [answer.status for answer in told] == [503] * 3
-    assert all(answer.headers["Retry-After"] for answer in told)
     assert parse_answers(busy.recv(4096))[0].status == 202
 
 
 def test_mutated_requests_are_refused_and_not_stored(start):
-    receiver, event, chance = start(), {"_id": "good", "text": "x"}, random.Random(0)
+    receiver, event, dice = start(), {"_id": "good", "text": "x"}, random.Random(0)
     good = [signed(event), signed(event, "Expect: 100-continue")]
     for _ in range(2000):
         sent = b""
-        for data in chance.choices([*good, *good, chance.choice(ALL)], k=4):
-            at, size = chance.randrange(len(data)), chance.choice((0, 1, 2, 8, 60))
-            other = chance.choice(ALL)[chance.randrange(20) :][:size]
-            new = chance.choice(
-                (chance.randbytes(size), data[at : at + size] * 2, other)
-            )
+        for data in dice.choices([*good, *good, dice.choice(ALL)], k=4):
+            at, size = dice.randrange(len(data)), dice.choice((0, 1, 2, 8, 60))
+            other = dice.choice(ALL)[dice.randrange(20) :][:size]
+            new = dice.choice((dice.randbytes(size), data[at : at + size] * 2, other))
             sent += data[:at] + new + data[at + size :]
         statuses = {answer.status for answer in receiver.raw(sent, half_close=True)}
         assert statuses, sent
         assert statuses <= {100, 200, 400, 401, 404, 405, 411, 413, 414, 431}, sent
-    assert receiver.post(event).status == 200
     assert [*receiver.events().find()] == [event]
-    assert "internal error" not in receiver.log
 
 
-# HTTP: the log
-
-
-def test_answers_and_log_give_nothing_away(start, tmp_path):
+def test_answers_and_log_give_nothing_away(start):
     journal = "it = os.fstat(2)", "os.environ['JOURNAL_STREAM'] = f'{it[2]}:{it[1]}'"
     receiver = start(command=after(*journal))
     receiver.events().create_index("email", unique=True, sparse=True)
@@ -1793,32 +1749,19 @@ def test_answers_and_log_give_nothing_away(start, tmp_path):
             assert answers[-1].status == 202
         answers.append(receiver.post({"_id": {"$" + text: 1}}))
     assert receiver.stop() == 0
+    demo = start(SEGMENT_SHARED_SECRET=None)  # it shows the secrets that it made up
+    wait_until(lambda: demo.log.count("secret=SEGMENT_PUBLIC_SECRET") == 2)
     text = receiver.log + "".join(f"{a.headers}{a.payload.decode()}" for a in answers)
     ours = "python|traceback|codec|receiver.py|exception|server:|quoted|stolen"
     theirs = f"public%2f|private-query|{SHARED}|{re.escape(PUBLIC)}"
-    assert not re.search(f"{ours}|{theirs}", text, re.IGNORECASE)
+    assert not re.search(f"{ours}|{theirs}", text + demo.log, re.IGNORECASE)
     lines = receiver.log.splitlines()
     assert all(re.match("<[346]>", line) and line.isprintable() for line in lines)
     assert [line for line in lines if line.startswith("<4>") and "401" in line]
-    assert len([line for line in lines if "kept as " not in line]) < 40  # of 400
+    assert len(lines) < 40  # of 400
 
 
-# HTTP: sockets and proxies
-
-
-@needs("curl")
-def test_it_takes_a_unix_socket_from_systemd(mongod, tmp_path):
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path := str(tmp_path / "socket"))
-        listener.listen()
-        command = after(f"os.dup2({listener.fileno()}, 3)", HANDED_OVER)
-        env = {"RECEIVER_DATA_DIR": str(tmp_path), "MONGODB_URI": mongod.uri} | SECRET
-        with subprocess.Popen(
-            command, env=env, pass_fds=[listener.fileno()]
-        ) as process:
-            said = succeeds("curl", "--unix-socket", path, "http://a/health")
-            process.terminate()
-    assert '"status"' in said and process.returncode == 0
+# HTTP: proxies
 
 
 def readme_block(words: str) -> str:
@@ -1839,44 +1782,36 @@ CADDY = readme_block("reverse_proxy").replace("8080", "RECEIVER\nrespond /webhoo
 NGINX = readme_block("listen 443 ssl")
 # Each refuses /webhook/ itself: what is hidden there can only have been smuggled past it.
 PROXIES = {
-    "nginx": ("nginx -p . -c conf -e stderr", (
-        "daemon off; user root; pid pid; events {} http { client_body_temp_path a; proxy_temp_path b; fastcgi_temp_path c;",
+    "nginx": ("nginx -p FOLDER -c conf -e stderr", (
+        "daemon off; master_process off; pid pid; events {} http { client_body_temp_path a; proxy_temp_path b; fastcgi_temp_path c;",
         "uwsgi_temp_path d; scgi_temp_path e;", NGINX.replace("443 ssl", "127.0.0.1:PORT").replace("8080", "RECEIVER")[:-2], "location /webhook/ { return 403; } } }")),
-    "haproxy": ("haproxy -f conf -db", (
+    "haproxy": ("haproxy -f FOLDER/conf -db", (
         "listen receiver", "mode http", "timeout connect 5s", "timeout client 5s", "timeout server 5s", "bind 127.0.0.1:PORT",
         "http-request deny if { path /webhook/ }", "http-reuse always", "server receiver 127.0.0.1:RECEIVER")),
-    "caddy": ("caddy run --config conf --adapter caddyfile", (
+    "caddy": ("caddy run --config FOLDER/conf --adapter caddyfile", (
         "{", "admin off", "}", CADDY.replace("your.host", "http://127.0.0.1:PORT"))),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("proxy", PROXIES)
+@pytest.mark.parametrize("proxy", [pytest.param(p, marks=needs(p)) for p in PROXIES])
 def test_nothing_is_smuggled_through(start, tmp_path, proxy):
-    if not shutil.which(proxy):
-        pytest.skip(f"no {proxy} here")
-    receiver = start()
-    proxied = copy.copy(receiver)
-    proxied.port = free_port()
+    receiver, port = start(), str(free_port())
     command, lines = PROXIES[proxy]
     text = "\n".join((*lines, "")).replace("RECEIVER", str(receiver.port))
     text = re.sub("/etc/ssl/[^;]+", certificate(tmp_path), text)
-    (tmp_path / "conf").write_text(text.replace("PORT", str(proxied.port)))
-    options: Any = {"cwd": tmp_path, "env": os.environ | {"HOME": str(tmp_path)}}
-    process = subprocess.Popen(command.split(), stderr=subprocess.DEVNULL, **options)
-    with contextlib.ExitStack() as stack:
-        stack.callback(process.wait)
-        stack.callback(process.terminate)
-        wait_until(proxied.answers)
-        for method, size in (("POST", 10), ("PUT", 10_000), ("PATCH", 3_000_000)) * 2:
-            assert proxied.post(track(text="x" * size), method=method).status == 200
-        hidden = signed({"_id": "stolen"}, request_line=POST.replace("?", "/?"))
-        for head in {r.partition(b"\r\n\r\n")[0] for r in ALL if b"ength" in r}:
-            with proxied.connect() as client, contextlib.suppress(OSError):
-                client.settimeout(0.2)
-                client.sendall(head + b"\r\n\r\n0\r\n\r\n" + hidden * 2)
-                client.recv(1 << 16)
-        assert proxied.post(track()).status == 200
-        assert not receiver.events().find_one({"_id": "stolen"})
+    (tmp_path / "conf").write_text(text.replace("PORT", port))
+    command = command.replace("FOLDER", str(tmp_path)).split()
+    proxied = start(command=command, RECEIVER_PORT=port, HOME=str(tmp_path))
+    for method, size in (("POST", 10), ("PUT", 10_000), ("PATCH", 3_000_000)) * 2:
+        assert proxied.post(track(text="x" * size), method=method).status == 200
+    hidden = signed({"_id": "stolen"}, request_line=POST.replace("?", "/?"))
+    for head in {r.partition(b"\r\n\r\n")[0] for r in ALL if b"ength" in r}:
+        with proxied.connect() as client, contextlib.suppress(OSError):
+            client.settimeout(0.2)
+            client.sendall(head + b"\r\n\r\n0\r\n\r\n" + hidden * 2)
+            client.recv(1 << 16)
+    assert proxied.post(track()).status == 200
+    assert not receiver.events().find_one({"_id": "stolen"})
 
 
 # HTTP: the demo
@@ -1899,27 +1834,16 @@ def test_the_demo_is_for_this_machine(demo_receiver):
         requests[message(f"{elsewhere} HTTP/1.0", LOCAL)] = 403
         for request, status in requests.items():
             assert demo_receiver.raw(request)[0].status == status, request
+    page = demo_receiver.get("/")
+    assert page.payload == (HERE / "demo.html").read_bytes()
+    assert page.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
 
 
-def test_the_demos_events_need_secret_and_limit(demo_receiver):
-    for query in ("", "?secret=wrong"):
-        assert demo_receiver.get("/events" + query).status == 401
+def test_the_demo_shows_documents_exactly_to_who_knows_the_secret(demo_receiver):
+    """A driver would make a DBRef of its own of a $ref."""
+    assert demo_receiver.get("/events?secret=wrong").status == 401
     for limit in ("0", "-1", "101", "1e2", "%D9%A5"):
         assert demo_receiver.get(f"{EVENTS}&limit={limit}").status == 400, limit
-
-
-def test_the_demo_page_may_not_be_framed(demo_receiver):
-    answer = demo_receiver.get("/")
-    assert answer.payload == (HERE / "demo.html").read_bytes()
-    assert b"<noscript><p><strong>JavaScript is off.</strong>" in answer.payload
-    assert b"innerHTML" not in answer.payload
-    assert b"Content-Security-Policy" in answer.payload  # also where it is a file
-    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
-    assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
-
-
-def test_the_demo_shows_documents_exactly(demo_receiver):
-    """A driver would make a DBRef of its own of a $ref."""
     ids = "100000000000000000000", r'"\ud800"'
     for id_ in (*ids, '{"$in":[1]}', r'{"a\u0000":1}', "NaN", "["):  # of no document
         demo_receiver.post(b'{"_id":%s}' % id_.encode())
@@ -1945,27 +1869,15 @@ FOREIGN_ORIGINS = [
 
 
 @pytest.mark.parametrize("origin", LOCAL_ORIGINS + FOREIGN_ORIGINS)
-def test_only_pages_of_this_machine_may_read_the_demos_answers(
-    demo_receiver, receiver, origin
-):
+def test_only_local_pages_may_read_a_demo(demo_receiver, receiver, origin):
     for target in ("/webhook", TARGET, "/health", EVENTS):
         method = {"/webhook": "OPTIONS", TARGET: "POST"}.get(target, "GET")
         headers = demo_receiver.request(method, target, Origin=origin).headers
         allowed = headers["Access-Control-Allow-Origin"]
         assert allowed == (origin if origin in LOCAL_ORIGINS else None)
-        assert "Access-Control-Allow-Credentials" not in headers
         assert not allowed or "Origin" in headers["Vary"]
-        if allowed and method == "OPTIONS":
-            assert "X-Signature" in headers["Access-Control-Allow-Headers"]
         plain = receiver.request(method, target, Origin=origin).headers
         assert not [name for name in plain if "Access-Control" in name]
-
-
-def test_a_demo_prints_no_secret_of_the_users_own(start):
-    receiver = start(SEGMENT_SHARED_SECRET=None)
-    wait_until(lambda: "Ctrl-C" in receiver.log)
-    assert "secret=SEGMENT_PUBLIC_SECRET" in receiver.log
-    assert QUERY not in receiver.log
 
 
 def test_the_demos_log_escapes_control_characters(demo_receiver):
