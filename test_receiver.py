@@ -1692,6 +1692,9 @@ def test_a_body_counts_with_what_has_come_of_it(start):
     for client in clients:  # 320 MB, of which those that end are not kept
         with contextlib.suppress(OSError):
             client.sendall(bytes(LIMIT - 99))
+    ended = [client for client in clients[1:] if readable(client)]
+    statuses = {parse_answers(each.recv(4096))[0].status for each in ended}
+    assert {503} <= statuses <= {401, 503}  # or it came in whole, unsigned
     assert receiver.post(track(text="x" * 1_000_000)).status == 200
     assert receiver.peak_memory() < 200 << 20
 
@@ -1836,6 +1839,7 @@ def test_the_demo_is_for_this_machine(demo_receiver):
             assert demo_receiver.raw(request)[0].status == status, request
     page = demo_receiver.get("/")
     assert page.payload == (HERE / "demo.html").read_bytes()
+    assert b"Content-Security-Policy" in page.payload  # also where it is a file
     assert page.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
 
 
