@@ -277,11 +277,11 @@ def paused(receiver: Receiver) -> Iterator[None]:
     receiver.process.send_signal(signal.SIGCONT)
 
 
-def hurried(setup: str = "", **constants: float) -> tuple[str, ...]:
+def hurried(setup: str = "", **constants: float | str) -> tuple[str, ...]:
     """Returns the command of a receiver with other constants, after some Python."""
     lines = ["import os, sys", setup, f"sys.path.insert(0, {str(HERE)!r})"]
     lines.append("import receiver")
-    lines += [f"receiver.{name} = {value}" for name, value in constants.items()]
+    lines += [f"receiver.{name} = {value!r}" for name, value in constants.items()]
     return (sys.executable, "-c", "\n".join([*lines, "sys.exit(receiver.main())"]))
 
 
@@ -2060,19 +2060,6 @@ def test_the_demos_log_escapes_control_characters(demo_receiver):
 
 # --- Process: the first run, and its own MongoDB ------------------------------------------
 
-PORT_27017 = threading.Lock()
-
-
-@contextlib.contextmanager
-def port_27017() -> Iterator[None]:
-    """Holds the embedded MongoDB's port for one test; skips it if a stranger has it."""
-    with PORT_27017:
-        try:
-            wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", 27017)) != 0)
-        except AssertionError:
-            pytest.skip("port 27017 is taken, so the embedded MongoDB cannot start")
-        yield
-
 
 def succeeds(*command: str, **environment: str) -> str:
     """Runs a program that has to end with 0; returns all that it says."""
@@ -2082,16 +2069,18 @@ def succeeds(*command: str, **environment: str) -> str:
     return done.stdout
 
 
-def answer_to(script: str, shell: str = "sh", **environment: str) -> Any:
+def answer_to(script: str, **environment: str) -> Any:
     """Runs shell commands of which one is a curl; returns the JSON that it gets."""
     command = script.replace("curl ", "curl -s ")
-    return json.loads(succeeds(shell, "-c", command, **environment))
+    return json.loads(succeeds("sh", "-c", command, **environment))
 
 
-@port_27017()
 def test_the_first_run_needs_no_setting(start):
+    assert product.LOCAL_MONGODB == "127.0.0.1:27017"  # which may be taken here
+    local = f"127.0.0.1:{free_port()}"
     names = ("SEGMENT_SHARED_SECRET", "SEGMENT_PUBLIC_SECRET", "MONGODB_URI")
-    receiver = start(uri="mongodb://127.0.0.1:27017/", **dict.fromkeys(names))
+    uri, none = f"mongodb://{local}/", dict.fromkeys(names)
+    receiver = start(uri=uri, LOCAL_MONGODB=local, **none)
     wait_until(lambda: f"its data is in {receiver.data}/mongodb" in receiver.log)
     log = wait_until(lambda: "Ctrl-C" in receiver.log and receiver.log)
     secret = re.findall(r"shared secret +(\S+)", log)[0]
@@ -2101,61 +2090,65 @@ def test_the_first_run_needs_no_setting(start):
     file = receiver.data / "demo-secrets"
     assert secret in file.read_text() and file.stat().st_mode & 0o777 == 0o600
     script = log[log.index("body=") : log.index("README.md goes on")]
-    for shell in ("sh", "bash"):
-        stored = {"_id": bson.ObjectId(answer_to(script, shell)["insertedId"])}
-        assert receiver.events().find_one(stored)["event"] == "Favorited"
+    stored = {"_id": bson.ObjectId(answer_to(script)["insertedId"])}
+    assert receiver.events().find_one(stored)["event"] == "Favorited"
     ((pid, command),) = mongods_of(receiver).items()
     assert b"--nounixsocket" in command
     # Ctrl-C goes to all of a terminal, but this one has to outlive the receiver.
     assert os.getpgid(pid) != os.getpgid(receiver.process.pid)
+    assert receiver.stop(signal.SIGINT) == 0
+    wait_until(lambda: not mongods_of(receiver))
     # What a killed receiver left behind is taken over, though it may be slow to answer,
     # and ends with the next.
+    receiver.start()
+    wait_until(lambda: receiver.log.count("its data is in") == 2)
+    (pid,) = mongods_of(receiver)
     receiver.stop(signal.SIGKILL)
     os.kill(pid, signal.SIGSTOP)
     receiver.start()
-    wait_until(lambda: receiver.log.count(f"shared secret  {secret}\n") == 2)
+    wait_until(lambda: receiver.log.count(f"shared secret  {secret}\n") == 3)
     os.kill(pid, signal.SIGCONT)
     wait_until(lambda: "of a receiver that was killed" in receiver.log)
-    assert receiver.events().count_documents({}) == 2
+    assert receiver.events().count_documents({}) == 1
     assert mongods_of(receiver).keys() == {pid}
-    assert receiver.stop(signal.SIGINT) == 0
+    assert receiver.stop() == 0
     wait_until(lambda: not mongods_of(receiver))
     # One that ends although nobody stopped it is reported.
     receiver.start()
-    wait_until(lambda: receiver.log.count("its data is in") == 2)
+    wait_until(lambda: receiver.log.count("its data is in") == 3)
     (pid,) = mongods_of(receiver)
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: "mongod ended with status -9: see " in receiver.log)
     assert receiver.stop() == 0
 
 
+# How a mongod may end, and what is said of it; the last one cannot even be started.
 DEATHS = {
     "kill -ILL $$": "AVX",
-    "exit 48": "127.0.0.1:27017 is taken",
+    "exit 48": " is taken",
     "exit 62": "another version of MongoDB",
     "exit 100": "in use",
     "echo no libcurl >&2; exit 127": "127: no libcurl",
     "exit 1": "status 1",
-    "": "No such file",
+    "": "pip install -r requirements.txt",
 }
 
 
-@port_27017()
 def test_without_a_mongod_events_wait(start, tmp_path):
-    program = tmp_path / "mongod"
+    program, port = tmp_path / "mongod", free_port()
+    local = f"127.0.0.1:{port}"
     for line, said in DEATHS.items():
         program.write_text(f"#!/bin/sh\n{line}\n")
-        program.chmod(0o700)
-        if not line:
-            program.unlink()
-        receiver = start(MONGOD=str(program), MONGODB_URI=None)
+        program.chmod(0o700 if line else 0o600)
+        receiver = start(LOCAL_MONGODB=local, MONGOD=str(program), MONGODB_URI=None)
         (why,) = wait_until(lambda r=receiver: re.findall("no MongoDB.*", r.log))
         assert said in why and str(program) in why and "mongod.log" not in why
         assert receiver.stop() == 0
     # So is one that accepts and never answers, which must not keep it from listening.
-    with socket.create_server(("127.0.0.1", 27017)):
-        for uri in (None, "mongodb://127.0.0.1/"):
-            assert start(MONGODB_URI=uri).post(track()).status == 202
+    with socket.create_server(("127.0.0.1", port)):
+        for uri in (None, f"mongodb://{local}/"):
+            receiver = start(LOCAL_MONGODB=local, MONGODB_URI=uri)
+            assert receiver.post(track()).status == 202
 
 
 # --- Process: running it for years --------------------------------------------------------
