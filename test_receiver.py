@@ -2162,35 +2162,24 @@ def test_a_signal_finishes_what_is_in_hand(start, own_mongod):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         receiver = start(command=command)
         assert receiver.post([track(), track()]).status == 200
-        idle, event = receiver.connect(), track()
+        idle, just_answered, event = receiver.connect(), receiver.connect(), track()
         with ThreadPoolExecutor() as pool:
             own_mongod.hang()
             answer = pool.submit(receiver.post, event)
             time.sleep(0.3)
+            just_answered.sendall(HEALTH)
+            assert just_answered.recv(4096)
             receiver.process.send_signal(number)
-            time.sleep(0.3)
+            time.sleep(0.2)
+            just_answered.sendall(HEALTH)  # it may have been on its way
             own_mongod.process.send_signal(signal.SIGCONT)
             assert receiver.process.wait(15) == 0
-            assert idle.recv(100) == b""
-        assert answer.result().status == 200
-        assert answer.result().headers["Connection"] == "close"
+        assert read_answers(idle) == []
+        for last in (answer.result(), *read_answers(just_answered)):
+            assert (last.status, last.headers["Connection"]) == (200, "close")
         assert receiver.events().find_one({"_id": event["messageId"]})
         said = [line.split()[1:3] for line in receiver.log.splitlines()]
         assert said == [["INFO", w] for w in ("listening", "stopping", "stopped")]
-
-
-def test_a_stop_waits_for_who_was_just_answered(start):
-    receiver = start()
-    client = receiver.connect()
-    client.sendall(HEALTH)
-    assert client.recv(4096)
-    receiver.process.send_signal(signal.SIGTERM)
-    time.sleep(0.1)
-    with paused(receiver):
-        client.sendall(HEALTH)
-    [answer] = read_answers(client)
-    assert answer.status == 200 and answer.headers["Connection"] == "close"
-    assert receiver.process.wait(15) == 0
 
 
 @pytest.mark.parametrize("status", [202, 503])
@@ -2217,11 +2206,7 @@ TO_LOG = ("os.set_inheritable(log, True)", "os.dup2(log, 1)", "os.dup2(log, 2)")
 LIMITS = {
     "its log has no reader": (PIPE, "os.close(read)", *TO_LOG),
     "its log is not read": (*UNREAD, *TO_LOG),
-    "its output is not read": (
-        *UNREAD,
-        "os.write(log, bytes(4096))",
-        "os.dup2(log, 1)",
-    ),
+    "its output is full": (*UNREAD, "os.write(log, bytes(4096))", "os.dup2(log, 1)"),
     "it has no standard error": ("os.close(2)",),
     "its log is on a full disk": ("log = os.open('/dev/full', os.O_WRONLY)", *TO_LOG),
     "of forty files": ("resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))",),
@@ -2234,23 +2219,17 @@ def test_it_works_although(start, limit):
     receiver = start(*flags, command=after(*LIMITS[limit]))
     events = [track(event="x" * 200) for _ in range(1200)]
     assert receiver.post(events).status == 200
-    idle = [receiver.connect() for _ in range(80)]
+    for _ in range(80):
+        receiver.connect()
     wait_until(lambda: is_served(receiver))
-    for client in idle:
-        client.close()
-
-    def ends():
+    for _ in range(20):
         receiver.process.send_signal(signal.SIGTERM)  # again and again
-        return receiver.process.poll() is not None
-
-    wait_until(ends)
-    assert receiver.process.returncode == 0
+        time.sleep(0.02)
+    assert receiver.stop() == 0
 
 
 @needs("systemd-socket-activate")
-def test_systemd_hands_over_its_socket_and_is_told_how_it_is(
-    start, own_mongod, tmp_path
-):
+def test_systemd_gives_its_socket_and_hears_how_it_is(start, own_mongod, tmp_path):
     systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     systemd.bind(str(tmp_path / "notify"))
     systemd.settimeout(20)
@@ -2280,14 +2259,6 @@ def test_systemd_hands_over_its_socket_and_is_told_how_it_is(
     wait_for("WATCHDOG=1\nSTATUS=1 stored, 1 spooled, MongoDB down")
     assert receiver.stop() == 0
     wait_for("STOPPING=1")
-    # One that does not read, until nothing more fits, holds nothing up.
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
-        other.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                other.sendto(b"x", systemd.getsockname())
-    receiver.start()
-    assert receiver.stop() == 0
 
 
 def test_check_finds_faults(replica_set, mongod, tmp_path):
@@ -2385,9 +2356,8 @@ class Segment(http.server.BaseHTTPRequestHandler):
     receiver: Any = None
 
     def answer(self, payload: bytes = b"{}") -> None:
-        page = f"http://127.0.0.1:{self.receiver.port}"
         self.send_response(200)
-        self.send_header("Access-Control-Allow-Origin", page)
+        self.send_header("Access-Control-Allow-Origin", "*")
         self.send_header("Access-Control-Allow-Headers", "*, Authorization")
         self.end_headers()
         self.wfile.write(payload)
@@ -2421,11 +2391,8 @@ class Browser:
         flags = ["headless", "no-sandbox", "disable-gpu", "disable-component-update"]
         flags += ["lang=en", f"host-resolver-rules={rules}"]
         options = {"binary": shutil.which("chromium"), "args": flags}
-        wanted = {"browserName": "chrome", "acceptInsecureCerts": True}
-        wanted |= {
-            "goog:chromeOptions": options,
-            "goog:loggingPrefs": {"browser": "ALL"},
-        }
+        wanted: Any = {"acceptInsecureCerts": True, "goog:chromeOptions": options}
+        wanted["goog:loggingPrefs"] = {"browser": "ALL"}
         session = self.send("", {"capabilities": {"alwaysMatch": wanted}})
         self.path += "/" + session["sessionId"]
 
@@ -2474,11 +2441,8 @@ class Browser:
     def wait_for(self, text: str, selector: str = "#status") -> str:
         """Waits until the text is in an element, and returns all that is in it."""
         found = "return document.querySelector(arguments[0])?.textContent ?? ''"
-        deadline = time.monotonic() + 20
-        while text not in (content := self.script(found, selector)):
-            assert time.monotonic() < deadline, f"{selector} says {content!r}"
-            time.sleep(0.02)
-        return str(content)
+        wait_until(lambda: text in self.script(found, selector))
+        return str(self.script(found, selector))
 
     def station(self, name: str, text: str) -> str:
         return self.wait_for(text, f"[data-station={name}] .station")
