@@ -289,7 +289,7 @@ def after(*lines: str, options: str = "") -> tuple[str, ...]:
     """Returns the command of a receiver that begins with these lines of Python."""
     command = [sys.executable, *options.split(), str(HERE / "receiver.py")]
     end = f"os.execv(sys.executable, [*{command}, *sys.argv[1:]])"
-    start = "import fcntl, os, resource, signal, socket, sys"
+    start = "import os, resource, signal, socket, sys"
     return (sys.executable, "-c", "\n".join([start, *lines, end]))
 
 
@@ -2075,7 +2075,7 @@ def answer_to(script: str, **environment: str) -> Any:
     return json.loads(succeeds("sh", "-c", command, **environment))
 
 
-def test_the_first_run_needs_no_setting(start):
+def test_the_first_run_needs_no_setting(start, mongod):
     assert product.LOCAL_MONGODB == "127.0.0.1:27017"  # which may be taken here
     local = f"127.0.0.1:{free_port()}"
     names = ("SEGMENT_SHARED_SECRET", "SEGMENT_PUBLIC_SECRET", "MONGODB_URI")
@@ -2109,8 +2109,6 @@ def test_the_first_run_needs_no_setting(start):
     wait_until(lambda: receiver.log.count(f"shared secret  {secret}\n") == 3)
     os.kill(pid, signal.SIGCONT)
     wait_until(lambda: "of a receiver that was killed" in receiver.log)
-    assert receiver.events().count_documents({}) == 1
-    assert mongods_of(receiver).keys() == {pid}
     assert receiver.stop() == 0
     wait_until(lambda: not mongods_of(receiver))
     # One that ends although nobody stopped it is reported.
@@ -2119,7 +2117,11 @@ def test_the_first_run_needs_no_setting(start):
     (pid,) = mongods_of(receiver)
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: "mongod ended with status -9: see " in receiver.log)
+    # One that was there before is used, and left alone.
+    receiver = start(LOCAL_MONGODB=f"127.0.0.1:{mongod.port}", MONGODB_URI=None)
+    assert receiver.post(track()).status == 200
     assert receiver.stop() == 0
+    assert mongod.client.admin.command("ping")
 
 
 # How a mongod may end, and what is said of it; the last one cannot even be started.
@@ -2175,8 +2177,9 @@ def test_a_signal_finishes_what_is_in_hand(start, own_mongod):
             own_mongod.process.send_signal(signal.SIGCONT)
             assert receiver.process.wait(15) == 0
         assert read_answers(idle) == []
-        for last in (answer.result(), *read_answers(just_answered)):
-            assert (last.status, last.headers["Connection"]) == (200, "close")
+        [last] = read_answers(just_answered)
+        for each in (answer.result(), last):
+            assert (each.status, each.headers["Connection"]) == (200, "close")
         assert receiver.events().find_one({"_id": event["messageId"]})
         said = [line.split()[1:3] for line in receiver.log.splitlines()]
         assert said == [["INFO", w] for w in ("listening", "stopping", "stopped")]
@@ -2201,12 +2204,11 @@ def test_stopping_cannot_hang(start, own_mongod, status):
 
 
 PIPE = "read, log = os.pipe()"
-UNREAD = (PIPE, "os.set_inheritable(read, True)", "fcntl.fcntl(log, 1031, 4096)")
+FULL = (PIPE, "os.set_inheritable(read, True)", "os.write(log, bytes(1 << 16))")
 TO_LOG = ("os.set_inheritable(log, True)", "os.dup2(log, 1)", "os.dup2(log, 2)")
 LIMITS = {
     "its log has no reader": (PIPE, "os.close(read)", *TO_LOG),
-    "its log is not read": (*UNREAD, *TO_LOG),
-    "its output is full": (*UNREAD, "os.write(log, bytes(4096))", "os.dup2(log, 1)"),
+    "its log and output are not read": (*FULL, *TO_LOG),
     "it has no standard error": ("os.close(2)",),
     "its log is on a full disk": ("log = os.open('/dev/full', os.O_WRONLY)", *TO_LOG),
     "of forty files": ("resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))",),
@@ -2342,7 +2344,6 @@ def test_the_readmes_mongosh_snippets(mongod):
 # Chromium, driven by W3C WebDriver (https://www.w3.org/TR/webdriver2/): JSON over HTTP.
 # CI installs chromium-driver, and @segment/analytics-next and axe-core in $NODE_MODULES.
 
-PAGE = HERE / "demo.html"
 NASTY = "</b><script>window.hacked = 1</script><img src=x onerror='hacked=1'> & 'b' 🌹"
 SIZES = {"laptop": (1200, 800), "phone": (390, 844)}
 NODE_MODULES = os.environ.get("NODE_MODULES", "")
@@ -2496,7 +2497,7 @@ def test_page_shows_the_whole_way_of_a_click(start, browser, monkeypatch, way, s
     receiver = start("--demo")
     browser.show_as(size)
     served = f"http://127.0.0.1:{receiver.port}/"
-    browser.open(PAGE.as_uri() if way == "as a file" else served)
+    browser.open((HERE / "demo.html").as_uri() if way == "as a file" else served)
     browser.fill("receiver", link(receiver))
     browser.wait_for("MongoDB up", "#connection-state")
     browser.errors()  # a file looks on the usual port first, or on the last test's
@@ -2591,27 +2592,23 @@ def test_page_shows_an_outage(start, browser, tmp_path):
     own_mongod.start()
     browser.wait_for("Spooled, then stored")
     browser.station("document", "equal")
-    items = [event["properties"]["itemName"] for event in receiver.events().find()]
-    assert sorted(items) == ["Roses", "Tulips"]
+    assert receiver.events().count_documents({}) == 2
     browser.errors()
     own_mongod.stop()
 
 
 def test_page_says_which_secret_is_wrong(start, browser):
-    receiver = start("--demo")
-    browser.open(link(receiver, shared="wrong"))
+    browser.open(link(start("--demo"), shared="wrong"))
     browser.click(".btn")
     assert "SEGMENT_SHARED_SECRET" in browser.wait_for("401")
     browser.fill("public", "wrong")
     browser.click(".btn")
     browser.wait_for("SEGMENT_PUBLIC_SECRET")
-    browser.station("document", "Not stored")
     browser.fill("shared", SHARED)
     browser.fill("public", PUBLIC)
     browser.click("[data-try=again]")  # it was refused before, so it is no duplicate
     browser.station("document", "equal")
     assert "already" not in browser.wait_for("200 Stored")
-    assert receiver.events().count_documents({}) == 1
     refused = browser.errors()  # nothing else was asked with a wrong secret
     assert len(refused) == 2 and all("/webhook?" in error for error in refused)
 
