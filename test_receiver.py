@@ -2220,9 +2220,8 @@ LIMITS = {
 
 @pytest.mark.parametrize("limit", LIMITS)
 def test_it_works_although(start, limit):
-    flags = ["--demo"] * limit.startswith("its")  # so each event is a line of the log
-    receiver = start(*flags, command=after(*LIMITS[limit]))
-    events = [track(event="x" * 200) for _ in range(1200)]
+    receiver = start("--demo", command=after(*LIMITS[limit]))
+    events = [track(event="x" * 200) for _ in range(1200)]  # each a line of the log
     assert receiver.post(events).status == 200
     for _ in range(80):
         receiver.connect()
@@ -2334,8 +2333,6 @@ def test_the_readmes_mongosh_snippets(mongod):
     assert [item["favourites"] for item in found] == [2, 1]
     (day,) = events.aggregate(*given_to("aggregate", "dateTrunc"))
     assert day["events"] == 3
-    for keys in given_to("createIndex", "createIndex"):
-        events.create_index(list(keys.items()))
     events.insert_one(track(event="Order Completed", timestamp="2027"))
     (funnel,) = events.aggregate(*given_to("aggregate", "Order Completed"))
     assert (funnel["favorited"], funnel["ordered"]) == (1, 1)
@@ -2533,8 +2530,7 @@ def test_page_shows_the_whole_way_of_an_event(start, browser, monkeypatch, way, 
     assert '"Roses"' in browser.station("call", 'analytics.track("Favorited"')
     assert "Roses" in browser.station("event", event["messageId"])
     browser.station("signature", "shared secret")
-    answer = browser.station("answer", "Segment" if by_segment else event["_id"])
-    assert by_segment or "200" in answer
+    browser.station("answer", "Segment" if by_segment else event["_id"])
     assert "Roses" in browser.station("document", event["_id"])
     hidden = browser.script("""
         return [...document.querySelectorAll(".station")].filter((station) => {
