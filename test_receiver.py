@@ -274,11 +274,11 @@ def paused(receiver: Receiver) -> Iterator[None]:
     receiver.process.send_signal(signal.SIGCONT)
 
 
-def after(*lines: str, options: str = "", **constants: float) -> tuple[str, ...]:
+def after(*lines: str, options: str = "", **constants: Any) -> tuple[str, ...]:
     """Returns the command of a receiver with other constants, after some Python."""
     program = ["import fcntl, os, resource, signal, socket, sys", *lines]
     program += [f"sys.path.insert(0, {str(HERE)!r})", "import receiver"]
-    program += [f"receiver.{name} = {value}" for name, value in constants.items()]
+    program += [f"receiver.{name} = {value!r}" for name, value in constants.items()]
     program.append("receiver.main()")
     return (sys.executable, *options.split(), "-c", "\n".join(program))
 
@@ -1893,19 +1893,6 @@ def test_the_demos_log_escapes_control_characters(demo_receiver):
 
 # --- Process: the first run, and its own MongoDB ------------------------------------------
 
-PORT_27017 = threading.Lock()
-
-
-@contextlib.contextmanager
-def port_27017() -> Iterator[None]:
-    """Holds the embedded MongoDB's port for one test; skips it if a stranger has it."""
-    with PORT_27017:
-        try:
-            wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", 27017)) != 0)
-        except AssertionError:
-            pytest.skip("port 27017 is taken, so the embedded MongoDB cannot start")
-        yield
-
 
 def succeeds(*command: str, **environment: str) -> str:
     """Runs a program that has to end with 0; returns all that it says."""
@@ -1915,16 +1902,18 @@ def succeeds(*command: str, **environment: str) -> str:
     return done.stdout
 
 
-def answer_to(script: str, shell: str = "sh", **environment: str) -> Any:
+def answer_to(script: str, **environment: str) -> Any:
     """Runs shell commands of which one is a curl; returns the JSON that it gets."""
     command = script.replace("curl ", "curl -s ")
-    return json.loads(succeeds(shell, "-c", command, **environment))
+    return json.loads(succeeds("sh", "-c", command, **environment))
 
 
-@port_27017()
-def test_the_first_run_needs_no_setting(start):
+def test_the_first_run_needs_no_setting(start, mongod):
+    assert product.LOCAL_MONGODB == "127.0.0.1:27017"  # which may be taken here
+    local = f"127.0.0.1:{free_port()}"
     names = ("SEGMENT_SHARED_SECRET", "SEGMENT_PUBLIC_SECRET", "MONGODB_URI")
-    receiver = start(uri="mongodb://127.0.0.1:27017/", **dict.fromkeys(names))
+    uri, none = f"mongodb://{local}/", dict.fromkeys(names)
+    receiver = start(uri=uri, LOCAL_MONGODB=local, **none)
     wait_until(lambda: f"its data is in {receiver.data}/mongodb" in receiver.log)
     log = wait_until(lambda: "Ctrl-C" in receiver.log and receiver.log)
     secret = re.findall(r"shared secret +(\S+)", log)[0]
@@ -1934,61 +1923,70 @@ def test_the_first_run_needs_no_setting(start):
     file = receiver.data / "demo-secrets"
     assert secret in file.read_text() and file.stat().st_mode & 0o777 == 0o600
     script = log[log.index("body=") : log.index("README.md goes on")]
-    for shell in ("sh", "bash"):
-        stored = {"_id": bson.ObjectId(answer_to(script, shell)["insertedId"])}
-        assert receiver.events().find_one(stored)["event"] == "Favorited"
+    stored = {"_id": bson.ObjectId(answer_to(script)["insertedId"])}
+    assert receiver.events().find_one(stored)["event"] == "Favorited"
     ((pid, command),) = mongods_of(receiver).items()
     assert b"--nounixsocket" in command
     # Ctrl-C goes to all of a terminal, but this one has to outlive the receiver.
     assert os.getpgid(pid) != os.getpgid(receiver.process.pid)
-    # What a killed receiver left behind is taken over, though it may be slow to answer,
-    # and ends with the next.
-    receiver.stop(signal.SIGKILL)
-    os.kill(pid, signal.SIGSTOP)
-    receiver.start()
-    wait_until(lambda: receiver.log.count(f"shared secret  {secret}\n") == 2)
-    os.kill(pid, signal.SIGCONT)
-    wait_until(lambda: "of a receiver that was killed" in receiver.log)
-    assert receiver.events().count_documents({}) == 2
-    assert mongods_of(receiver).keys() == {pid}
     assert receiver.stop(signal.SIGINT) == 0
     wait_until(lambda: not mongods_of(receiver))
-    # One that ends although nobody stopped it is reported.
+    # What a killed receiver left behind is taken over, though it may be slow to answer,
+    # and ends with the next.
     receiver.start()
     wait_until(lambda: receiver.log.count("its data is in") == 2)
     (pid,) = mongods_of(receiver)
+    receiver.stop(signal.SIGKILL)
+    os.kill(pid, signal.SIGSTOP)
+    receiver.start()
+    wait_until(lambda: receiver.log.count(f"shared secret  {secret}\n") == 3)
+    os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: "of a receiver that was killed" in receiver.log)
+    assert receiver.stop() == 0
+    wait_until(lambda: not mongods_of(receiver))
+    # One that ends although nobody stopped it is reported.
+    receiver.start()
+    wait_until(lambda: receiver.log.count("its data is in") == 3)
+    (pid,) = mongods_of(receiver)
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: "mongod ended with status -9: see " in receiver.log)
+    receiver.stop()
+    # Another's, that was there before, is used and left alone.
+    receiver.command = after(LOCAL_MONGODB=f"127.0.0.1:{mongod.port}")
+    receiver.start()
+    wait_until(lambda: "which was there" in receiver.log)
     assert receiver.stop() == 0
+    assert mongod.client.admin.command("ping")
 
 
+# How a mongod may end, and what is said of it; the last one cannot even be started.
 DEATHS = {
     "kill -ILL $$": "AVX",
-    "exit 48": "127.0.0.1:27017 is taken",
+    "exit 48": " is taken",
     "exit 62": "another version of MongoDB",
     "exit 100": "in use",
     "echo no libcurl >&2; exit 127": "127: no libcurl",
     "exit 1": "status 1",
-    "": "No such file",
+    "": "pip install -r requirements.txt",
 }
 
 
-@port_27017()
 def test_without_a_mongod_events_wait(start, tmp_path):
-    program = tmp_path / "mongod"
+    program, port = tmp_path / "mongod", free_port()
+    local = f"127.0.0.1:{port}"
     for line, said in DEATHS.items():
         program.write_text(f"#!/bin/sh\n{line}\n")
-        program.chmod(0o700)
-        if not line:
-            program.unlink()
-        receiver = start(MONGOD=str(program), MONGODB_URI=None)
+        program.chmod(0o700 if line else 0o600)
+        receiver = start(LOCAL_MONGODB=local, MONGOD=str(program), MONGODB_URI=None)
         (why,) = wait_until(lambda r=receiver: re.findall("no MongoDB.*", r.log))
         assert said in why and str(program) in why and "mongod.log" not in why
         assert receiver.stop() == 0
     # So is one that accepts and never answers, which must not keep it from listening.
-    with socket.create_server(("127.0.0.1", 27017)):
-        for uri in (None, "mongodb://127.0.0.1/"):
-            assert start(MONGODB_URI=uri).post(track()).status == 202
+    with socket.create_server(("127.0.0.1", port)):
+        for uri in (None, f"mongodb://{local}/"):
+            receiver = start(LOCAL_MONGODB=local, MONGODB_URI=uri)
+            assert "no MongoDB" not in receiver.log  # as it will say after ten seconds
+            assert receiver.post(track()).status == 202
 
 
 # --- Process: running it for years --------------------------------------------------------
@@ -2002,35 +2000,25 @@ def test_a_signal_finishes_what_is_in_hand(start, own_mongod):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         receiver = start(command=command)
         assert receiver.post([track(), track()]).status == 200
-        idle, event = receiver.connect(), track()
+        idle, just_answered, event = receiver.connect(), receiver.connect(), track()
         with ThreadPoolExecutor() as pool:
             own_mongod.hang()
             answer = pool.submit(receiver.post, event)
             time.sleep(0.3)
+            just_answered.sendall(HEALTH)
+            assert just_answered.recv(4096)
             receiver.process.send_signal(number)
-            time.sleep(0.3)
+            time.sleep(0.2)
+            just_answered.sendall(HEALTH)  # it may have been on its way
             own_mongod.process.send_signal(signal.SIGCONT)
             assert receiver.process.wait(15) == 0
-            assert idle.recv(100) == b""
-        assert answer.result().status == 200
-        assert answer.result().headers["Connection"] == "close"
+        assert read_answers(idle) == []
+        [last] = read_answers(just_answered)
+        for each in (answer.result(), last):
+            assert (each.status, each.headers["Connection"]) == (200, "close")
         assert receiver.events().find_one({"_id": event["messageId"]})
         said = [line.split()[1:3] for line in receiver.log.splitlines()]
         assert said == [["INFO", w] for w in ("listening", "stopping", "stopped")]
-
-
-def test_a_stop_waits_for_who_was_just_answered(start):
-    receiver = start()
-    client = receiver.connect()
-    client.sendall(HEALTH)
-    assert client.recv(4096)
-    receiver.process.send_signal(signal.SIGTERM)
-    time.sleep(0.1)
-    with paused(receiver):
-        client.sendall(HEALTH)
-    [answer] = read_answers(client)
-    assert answer.status == 200 and answer.headers["Connection"] == "close"
-    assert receiver.process.wait(15) == 0
 
 
 @pytest.mark.parametrize("status", [202, 503])
@@ -2052,16 +2040,11 @@ def test_stopping_cannot_hang(start, own_mongod, status):
 
 
 PIPE = "read, log = os.pipe()"
-UNREAD = (PIPE, "fcntl.fcntl(log, 1031, 4096)")
+FULL = (PIPE, "fcntl.fcntl(log, 1031, 4096)", "os.write(log, bytes(4096))")
 TO_LOG = ("os.dup2(log, 1)", "os.dup2(log, 2)")
 LIMITS = {
     "its log has no reader": (PIPE, "os.close(read)", *TO_LOG),
-    "its log is not read": (*UNREAD, *TO_LOG),
-    "its output is not read": (
-        *UNREAD,
-        "os.write(log, bytes(4096))",
-        "os.dup2(log, 1)",
-    ),
+    "its log and output are not read": (*FULL, *TO_LOG),
     "it has no standard error": ("os.close(2)", "sys.stderr = None"),
     "its log is on a full disk": ("log = os.open('/dev/full', os.O_WRONLY)", *TO_LOG),
     "of forty files": ("resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))",),
@@ -2070,14 +2053,12 @@ LIMITS = {
 
 @pytest.mark.parametrize("limit", LIMITS)
 def test_it_works_although(start, limit):
-    flags = ["--demo"] * limit.startswith("its")  # so each event is a line of the log
-    receiver = start(*flags, command=after(*LIMITS[limit]))
-    events = [track(event="x" * 200) for _ in range(1200)]
+    receiver = start("--demo", command=after(*LIMITS[limit]))
+    events = [track(event="x" * 200) for _ in range(1200)]  # each a line of the log
     assert receiver.post(events).status == 200
-    idle = [receiver.connect() for _ in range(80)]
+    for _ in range(80):
+        receiver.connect()
     wait_until(lambda: is_served(receiver))
-    for client in idle:
-        client.close()
 
     def ends():
         receiver.process.send_signal(signal.SIGTERM)  # again and again
@@ -2088,9 +2069,7 @@ def test_it_works_although(start, limit):
 
 
 @needs("systemd-socket-activate")
-def test_systemd_hands_over_its_socket_and_is_told_how_it_is(
-    start, own_mongod, tmp_path
-):
+def test_systemd_gives_its_socket_and_hears_how_it_is(start, own_mongod, tmp_path):
     systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     systemd.bind(str(tmp_path / "notify"))
     systemd.settimeout(20)
@@ -2120,14 +2099,6 @@ def test_systemd_hands_over_its_socket_and_is_told_how_it_is(
     wait_for("WATCHDOG=1\nSTATUS=1 stored, 1 spooled, MongoDB down")
     assert receiver.stop() == 0
     wait_for("STOPPING=1")
-    # One that does not read, until nothing more fits, holds nothing up.
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
-        other.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                other.sendto(b"x", systemd.getsockname())
-    receiver.start()
-    assert receiver.stop() == 0
 
 
 def test_check_finds_faults(replica_set, mongod, tmp_path):
@@ -2198,8 +2169,6 @@ def test_the_readmes_mongosh_snippets(mongod):
     assert [item["favourites"] for item in found] == [2, 1]
     (day,) = events.aggregate(*given_to("aggregate", "dateTrunc"))
     assert day["events"] == 3
-    for keys in given_to("createIndex", "createIndex"):
-        events.create_index(list(keys.items()))
     events.insert_one(track(event="Order Completed", timestamp="2027"))
     (funnel,) = events.aggregate(*given_to("aggregate", "Order Completed"))
     assert (funnel["favorited"], funnel["ordered"]) == (1, 1)
@@ -2209,7 +2178,6 @@ def test_the_readmes_mongosh_snippets(mongod):
 # Chromium, driven by W3C WebDriver (https://www.w3.org/TR/webdriver2/): JSON over HTTP.
 # CI installs chromium-driver, and @segment/analytics-next and axe-core in $NODE_MODULES.
 
-PAGE = HERE / "demo.html"
 NASTY = "</b><script>window.hacked = 1</script><img src=x onerror='hacked=1'> & 'b' 🌹"
 SIZES = {"laptop": (1200, 800), "phone": (390, 844)}
 NODE_MODULES = os.environ.get("NODE_MODULES", "")
@@ -2223,9 +2191,8 @@ class Segment(http.server.BaseHTTPRequestHandler):
     receiver: Any = None
 
     def answer(self, payload: bytes = b"{}") -> None:
-        page = f"http://127.0.0.1:{self.receiver.port}"
         self.send_response(200)
-        self.send_header("Access-Control-Allow-Origin", page)
+        self.send_header("Access-Control-Allow-Origin", "*")
         self.send_header("Access-Control-Allow-Headers", "*, Authorization")
         self.end_headers()
         self.wfile.write(payload)
@@ -2259,11 +2226,8 @@ class Browser:
         flags = ["headless", "no-sandbox", "disable-gpu", "disable-component-update"]
         flags += ["lang=en", f"host-resolver-rules={rules}"]
         options = {"binary": shutil.which("chromium"), "args": flags}
-        wanted = {"browserName": "chrome", "acceptInsecureCerts": True}
-        wanted |= {
-            "goog:chromeOptions": options,
-            "goog:loggingPrefs": {"browser": "ALL"},
-        }
+        wanted: Any = {"acceptInsecureCerts": True, "goog:chromeOptions": options}
+        wanted["goog:loggingPrefs"] = {"browser": "ALL"}
         session = self.send("", {"capabilities": {"alwaysMatch": wanted}})
         self.path += "/" + session["sessionId"]
 
@@ -2312,11 +2276,8 @@ class Browser:
     def wait_for(self, text: str, selector: str = "#status") -> str:
         """Waits until the text is in an element, and returns all that is in it."""
         found = "return document.querySelector(arguments[0])?.textContent ?? ''"
-        deadline = time.monotonic() + 20
-        while text not in (content := self.script(found, selector)):
-            assert time.monotonic() < deadline, f"{selector} says {content!r}"
-            time.sleep(0.02)
-        return str(content)
+        wait_until(lambda: text in self.script(found, selector))
+        return str(self.script(found, selector))
 
     def station(self, name: str, text: str) -> str:
         return self.wait_for(text, f"[data-station={name}] .station")
@@ -2363,14 +2324,26 @@ def link(receiver: Receiver, shared: str = SHARED) -> str:
     return f"http://127.0.0.1:{receiver.port}/{secrets}"
 
 
+# An experiment, what the page says of it, the answer's status, the documents then.
+EXPERIMENTS = [
+    ("again", "makes retries safe", "200", 1),
+    ("change", "The signature is that of other bytes", "401", 1),
+    ("shared", "Only who knows the shared secret can sign", "401", 1),
+    ("public", "before a byte of the body was read", "401", 1),
+    ("batch", "three documents", "200", 4),
+    ("burst", "events a second", "200", 104),
+    ("nul", "rejected/", "422", 104),
+]
+
+
 @needs("curl")
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("way", ["from the receiver", "as a file", BY_SEGMENT])
-def test_page_shows_the_whole_way_of_a_click(start, browser, monkeypatch, way, size):
+def test_page_shows_the_whole_way_of_an_event(start, browser, monkeypatch, way, size):
     receiver = start("--demo")
     browser.show_as(size)
     served = f"http://127.0.0.1:{receiver.port}/"
-    browser.open(PAGE.as_uri() if way == "as a file" else served)
+    browser.open((HERE / "demo.html").as_uri() if way == "as a file" else served)
     browser.fill("receiver", link(receiver))
     browser.wait_for("MongoDB up", "#connection-state")
     browser.errors()  # a file looks on the usual port first, or on the last test's
@@ -2379,14 +2352,19 @@ def test_page_shows_the_whole_way_of_a_click(start, browser, monkeypatch, way, s
         monkeypatch.setattr(Segment, "receiver", receiver)
         browser.click("input[value=segment]")
         browser.fill("write-key", "KEY")
+    browser.click("#connection summary")  # closed, as it is after the first event
+    places = """
+        return [...document.querySelectorAll(".btn, .station, [data-try]")]
+          .map((each) => Math.round(each.getBoundingClientRect().top + scrollY))"""
+    before = browser.script(places)
     browser.click(".btn")
     browser.station("document", "equal")
+    assert browser.script(places) == before
     [event] = receiver.events().find()
     assert '"Roses"' in browser.station("call", 'analytics.track("Favorited"')
     assert "Roses" in browser.station("event", event["messageId"])
     browser.station("signature", "shared secret")
-    answer = browser.station("answer", "Segment" if by_segment else event["_id"])
-    assert by_segment or "200" in answer
+    browser.station("answer", "Segment" if by_segment else event["_id"])
     assert "Roses" in browser.station("document", event["_id"])
     hidden = browser.script("""
         return [...document.querySelectorAll(".station")].filter((station) => {
@@ -2407,33 +2385,6 @@ def test_page_shows_the_whole_way_of_a_click(start, browser, monkeypatch, way, s
     browser.wait_for("Copied", "#copy-curl")
     command = browser.script("return navigator.clipboard.readText()")
     assert answer_to(command)["duplicate"] is True
-
-
-# An experiment, what the page says of it, the answer's status, the documents then.
-EXPERIMENTS = [
-    ("again", "makes retries safe", "200", 1),
-    ("change", "The signature is that of other bytes", "401", 1),
-    ("shared", "Only who knows the shared secret can sign", "401", 1),
-    ("public", "before a byte of the body was read", "401", 1),
-    ("batch", "three documents", "200", 4),
-    ("burst", "events a second", "200", 104),
-    ("nul", "rejected/", "422", 104),
-]
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_page_experiments_work(start, browser, size):
-    receiver = start("--demo")
-    browser.show_as(size)
-    browser.open(link(receiver))
-    browser.wait_for("MongoDB up", "#connection-state")
-    places = """
-        return [...document.querySelectorAll(".btn, .station, [data-try]")]
-          .map((each) => Math.round(each.getBoundingClientRect().top + scrollY))"""
-    before = browser.script(places)
-    browser.click(".btn")
-    browser.station("document", "equal")
-    assert browser.script(places) == before
     for name, said, status, documents in EXPERIMENTS:
         browser.click(f"[data-try={name}]")
         browser.wait_for(said)
@@ -2465,44 +2416,34 @@ def test_page_shows_an_outage(start, browser, tmp_path):
     own_mongod.start()
     browser.wait_for("Spooled, then stored")
     browser.station("document", "equal")
-    items = [event["properties"]["itemName"] for event in receiver.events().find()]
-    assert sorted(items) == ["Roses", "Tulips"]
+    assert receiver.events().count_documents({}) == 2
     browser.errors()
     own_mongod.kill()
 
 
-def test_page_says_which_secret_is_wrong(start, browser):
+def test_page_says_which_secret_is_wrong_and_keeps_none(start, browser):
     receiver = start("--demo")
+    receiver.events().insert_one(track(properties={"itemName": NASTY}))
     browser.open(link(receiver, shared="wrong"))
     browser.click(".btn")
     assert "SEGMENT_SHARED_SECRET" in browser.wait_for("401")
     browser.fill("public", "wrong")
     browser.click(".btn")
     browser.wait_for("SEGMENT_PUBLIC_SECRET")
-    browser.station("document", "Not stored")
     browser.fill("shared", SHARED)
     browser.fill("public", PUBLIC)
     browser.click("[data-try=again]")  # it was refused before, so it is no duplicate
     browser.station("document", "equal")
     assert "already" not in browser.wait_for("200 Stored")
-    assert receiver.events().count_documents({}) == 1
     refused = browser.errors()  # nothing else was asked with a wrong secret
     assert len(refused) == 2 and all("/webhook?" in error for error in refused)
-
-
-def test_page_keeps_its_log_and_no_secret(start, browser):
-    receiver = start("--demo")
-    receiver.events().insert_one(track(properties={"itemName": NASTY}))
-    browser.open(link(receiver))
     browser.wait_for(NASTY, "#favorites")  # as text
-    browser.click(".btn")
-    browser.station("document", "equal")
     kept = browser.script("return JSON.stringify([{...sessionStorage}, localStorage])")
     assert SHARED not in kept and PUBLIC not in kept
     assert "secret" not in browser.script("return location.href")
     browser.send("/refresh", {})
     browser.station("document", "equal")
-    browser.wait_for("Roses 200", "#earlier")
+    browser.wait_for("Roses 401", "#earlier")  # but it keeps its log
     browser.click("#clear")
     assert "Roses" not in browser.wait_for("", "#earlier")
     assert browser.script("return window.hacked ?? null") is None
