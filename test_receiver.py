@@ -1639,6 +1639,7 @@ def test_who_waits_longest_makes_room(start, own_mongod):
     assert read_answers(idle) == []
     told = [*refused, *read_answers(head), *read_answers(body)]
     assert [answer.status for answer in told] == [503] * 3
+    assert all(answer.headers["Retry-After"] for answer in told)
     assert parse_answers(busy.recv(4096))[0].status == 202
 
 
