@@ -1687,7 +1687,18 @@ def test_answers_and_log_give_nothing_away(start):
     assert len(lines) < 40  # of 400
 
 
-# HTTP: proxies
+@needs("curl")
+def test_it_takes_a_unix_socket_from_systemd(mongod, tmp_path):
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(path := str(tmp_path / "socket"))
+        one.listen()
+        command = after(f"os.dup2({one.fileno()}, 3)", HANDED_OVER)
+        env = SECRET | {"RECEIVER_DATA_DIR": str(tmp_path), "MONGODB_URI": mongod.uri}
+        options: Any = {"env": env, "pass_fds": [one.fileno()]}
+        with subprocess.Popen(("timeout", "20", *command), **options) as process:
+            said = succeeds("curl", "--unix-socket", path, "http://a/health")
+            process.terminate()
+    assert '"status"' in said and process.returncode == 0
 
 
 def readme_block(words: str) -> str:
