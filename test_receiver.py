@@ -351,8 +351,7 @@ def lay(receiver: Receiver, name: str, *documents: Any) -> Path:
 
 
 def wait_until_delivered(receiver: Receiver, seconds: float = 30) -> None:
-    spool = receiver.data / "spool"
-    wait_until(lambda: not any(spool.glob("[!.]*")), seconds)
+    wait_until(lambda: not any((receiver.data / "spool").glob("[!.]*")), seconds)
     wait_until(lambda: receiver.health()["spool_files"] == 0)
 
 
@@ -551,11 +550,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     # A secret that failed to arrive must not become somebody's demo.
     *(({name: ""}, name) for name in VARIABLES),
     *(({"segment_shared_secret": value}, "segment_shared_secret") for value in ("", " \n", "'quoted'")),
-    # Also where another one counts.
     ({"RECEIVER_PORT": "1", "PORT": ""}, "^PORT is empty"), ({"--host": "::1", "RECEIVER_HOST": ""}, "RECEIVER_HOST is empty"),
     ({"--demo": "hunter2"}, "argument"), ({"MONGODB_URI": URI.replace("mongodb", "http")}, "must begin with 'mongodb://'"),
     ({"MONGODB_URI": f"{URI}?tls=True"}, "of tls must be 'true'"),
-    # A demo is for this machine.
     *((demo | {"RECEIVER_HOST": host}, f"{name}.*loopback") for host in ("0.0.0.0", "::", "192.0.2.1", "example.com")
       for name, demo in (("SEGMENT_SHARED_SECRET", {}), ("--demo", SECRET | {"--demo": ""}))),
 ]  # fmt: skip
@@ -767,13 +764,25 @@ const payloads = [first, wrapped.slice(0, 1), events, wrapped, audiences];
 const bodies = payloads.map((payload) => JSON.stringify(payload));
 console.log(JSON.stringify([hmac.digest("hex"), ...bodies]));
 """
-KINDS = ("track", "identify", "page", "screen", "group", "alias", "delete")
+# What its specification gives each kind, and what sends them, as context.
+KINDS: list[dict[str, Any]] = [
+    {"type": "track", "event": "Order Completed", "properties": {"order_id": "50314b8e", "total": 27.5, "products": [{"sku": "G-32", "price": 19}]}},
+    {"type": "identify", "traits": {"name": "Peter Gibbons", "email": "peter@example.com", "plan": "premium", "logins": 5, "address": {"city": "Austin"}}},
+    {"type": "page", "name": "Home", "properties": {"title": "Welcome | Initech", "url": "https://www.example.com"}}, {"type": "delete"},
+    {"type": "screen", "name": "Home", "properties": {"Feed Type": "private"}}, {"type": "alias", "previousId": "39239-239239", "userId": "507f191e81"},
+    {"type": "group", "groupId": "0e8c78ea9d97", "traits": {"name": "Initech", "industry": "Technology", "employees": 329, "total billed": 830}},
+]  # fmt: skip
+CONTEXTS: list[dict[str, Any]] = [
+    {"ip": "8.8.8.8", "library": {"name": "analytics.js", "version": "2.11.1"}, "locale": "en-US", "page": {"path": "/academy/", "referrer": ""}},
+    {"device": {"id": "B5372DB0", "adTrackingEnabled": True, "type": "ios"}, "os": {"version": "8.1.3"}, "network": {"carrier": "T-Mobile US", "wifi": False}},
+    {"library": {"name": "analytics-node", "version": "2.1.0"}, "groupId": None, "timezone": "Europe/Amsterdam"}, {},
+]  # fmt: skip
 
 
 @needs("node")
 def test_segments_destinations_are_understood(start):
     receiver = start(SEGMENT_TRUST_BATCHES="on")
-    events = [track(type=kind) for kind in KINDS]
+    events = [track(context=c) | kind for kind, c in itertools.product(KINDS, CONTEXTS)]
     said = succeeds("node", "-e", SEGMENT, SHARED, json.dumps(events))
     signature, *bodies = json.loads(said)
     answers = [receiver.post(body.encode(), X_Signature=signature) for body in bodies]
@@ -916,7 +925,6 @@ def test_only_the_same_is_a_repeat(start, mongod, special):
     words = [word for word, _ in rows]
     counts = {word: words.count(word) for word in (NEW, REPEAT, WAITS)}
     assert counts.items() <= receiver.health().items()
-    # A batch goes by the same rule.
     answer = receiver.post([event for word, event in rows if word != NEW])
     assert answer.json == {"spooled": counts[WAITS], REPEAT: counts[REPEAT]}
     assert len(spooled(receiver, "*.refused.bson")) == 2 * counts[WAITS]
@@ -1504,7 +1512,6 @@ ASKING = NO_BODY.replace(b"\r\n", b"\r\nExpect: x,\t100-Continue\r\n", 1)
 SLOW: dict[str, tuple[bytes, bytes, list[int]]] = {
     "nothing": (b"", b"", []), "half an empty line": (b"\r", b"", []), "one request": (HEALTH, b"", [200]),
     "half a head": (HEALTH[:-3], b"", [408]), "a head without end": (b"G", b"E", [408]), "a second one": ((HEALTH * 2)[:-4], b"x", [200, 408]),
-    # What can become no good request is refused before its end.
     "lines that end in LF": (HEALTH.replace(b"\r\n", b"\n"), b"", [400]), "or at last": (HEALTH[:-4] + b"\n\r\n", b"", [400]),
     "too much": (get(LONGEST)[:-4] + b"x" * 9, b"", [431]), "a TLS client": (b"\x16\x03\x01", b"", [400]),
     "no body": (NO_BODY, b"", [408]), "a body in drops": (NO_BODY, b" ", [408]), "a refused one": (post(LENGTH, signature="X: a"), b"x", [401]),
@@ -1514,7 +1521,6 @@ SLOW: dict[str, tuple[bytes, bytes, list[int]]] = {
 
 
 def test_no_trickle_extends_a_deadline(hurried_receiver):
-    # In earnest it is longer than proxies', for who closes first may lose a request.
     assert product.IDLE_SECONDS == 180 and product.HEAD_SECONDS == 10
 
     def statuses(name):
@@ -1751,8 +1757,6 @@ def test_nothing_is_smuggled_through(start, tmp_path, proxy):
     assert not receiver.events().find_one({"_id": "stolen"})
 
 
-# HTTP: the demo
-
 EVENTS = "/events" + QUERY
 HERE_HOSTS = "127.0.0.1", "LOCALHOST:80", "[::1]:80", "127.9.9.9"
 # DNS rebinding: a web site's name that resolves to 127.0.0.1 makes us its origin.
@@ -1825,7 +1829,7 @@ def test_the_demos_log_escapes_control_characters(demo_receiver):
     wait_until(lambda: re.findall("stored: (.*)", demo_receiver.log)[-2:] == lines)
 
 
-# --- Process: the first run, and its own MongoDB ------------------------------------------
+# --- Process ----------------------------------------------------------------------------
 
 
 def succeeds(*command: str, **environment: str) -> str:
@@ -1879,7 +1883,6 @@ def test_the_first_run_needs_no_setting(start, mongod):
     wait_until(lambda: "of a receiver that was killed" in receiver.log)
     assert receiver.stop() == 0
     wait_until(lambda: not mongods_of(receiver))
-    # One that ends although nobody stopped it is reported.
     receiver.start()
     wait_until(lambda: receiver.log.count("its data is in") == 3)
     (pid,) = mongods_of(receiver)
@@ -1922,9 +1925,6 @@ def test_without_a_mongod_events_wait(start, tmp_path):
             receiver = start(LOCAL_MONGODB=local, MONGODB_URI=uri)
             assert "no MongoDB" not in receiver.log  # as it will say after ten seconds
             assert receiver.post(track()).status == 202
-
-
-# --- Process: running it for years --------------------------------------------------------
 
 
 def test_a_signal_finishes_what_is_in_hand(start, own_mongod):
